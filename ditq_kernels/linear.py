@@ -1,0 +1,170 @@
+"""QuantLinear: a linear layer whose weight is stored in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import ops, reference
+from .formats import Scheme
+from .packing import LAYOUTS, pack_groups
+from .quantizer import DEFAULT_ZERO_POINT, quantize_weight
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    # Parameters and not buffers: offloading hooks move parameters and leave buffers on the device.
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` on a packed weight; made by :meth:`from_linear`, or empty (to load a checkpoint into) by :meth:`empty`.
+
+    Parameters, none of them trainable but the bias:
+        qweight: the codes, in the layout of ``scheme.weight``.
+        scale: fp32 [N], or [groups, N]; stays fp32 whatever dtype the module is cast to.
+        group_code: uint8 [groups, N] for two-level formats, else None.
+        input_amax: fp32 [1] for static schemes, else None.
+        bias: [N] or None.
+    """
+
+    _EXACT = ("scale", "input_amax")  # never cast
+
+    def __init__(self, *args, **kwargs) -> None:
+        raise TypeError("a QuantLinear is made from a linear layer: QuantLinear.from_linear(layer, scheme)")
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: str | Scheme,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> QuantLinear:
+        """A layer with the right shapes and uninitialised values; ``dtype`` is the bias's and that of :attr:`weight`."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.scheme = Scheme.parse(scheme)
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        fmt = self.scheme.weight
+        layout = LAYOUTS[fmt.layout]
+        self.qweight = _frozen(torch.empty(out_features, layout.columns(in_features), dtype=layout.dtype, device=device))
+        self.scale = _frozen(torch.empty(fmt.scale_shape(out_features, in_features), dtype=torch.float32, device=device))
+        groups = (fmt.group_count(in_features), out_features)
+        self.group_code = _frozen(torch.empty(groups, dtype=torch.uint8, device=device)) if fmt.two_level else None
+        self.input_amax = _frozen(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        return self
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: str | Scheme,
+        input_amax: float | torch.Tensor | None = None,
+        input_moment: torch.Tensor | None = None,
+        clip: float | str | None = None,
+        zero_point: str = DEFAULT_ZERO_POINT,
+    ) -> QuantLinear:
+        """Quantize and pack ``linear``; ``linear`` is left as it is, and its bias is shared.
+
+        Args:
+            scheme: a :class:`Scheme` or its name.
+            input_amax: the calibrated largest input magnitude, needed by static schemes.
+            input_moment: fp32 [K, K], the sum of ``x x^T`` over observed tokens; rounds with error compensation.
+            clip, zero_point: see :func:`ditq_kernels.quantizer.quantize_weight`.
+
+        Raises:
+            TypeError: if ``linear`` is not an ``nn.Linear``, or is quantized already.
+            ValueError: for a static scheme without a finite, positive ``input_amax``, and as ``quantize_weight`` does.
+        """
+        scheme = Scheme.parse(scheme)
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
+            raise TypeError(f"QuantLinear.from_linear takes an unquantized nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        self = cls.empty(
+            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=weight.dtype, device=torch.device("meta")
+        )
+        if scheme.static:
+            if input_amax is None:
+                raise ValueError(
+                    f"{scheme} needs a calibrated input_amax: run ditq.calibrate first, or use {scheme.name.removesuffix('_static')}"
+                )
+            amax = torch.as_tensor(input_amax, dtype=torch.float32).reshape(1)
+            if not (bool(torch.isfinite(amax)) and amax > 0):
+                raise ValueError(f"input_amax must be finite and positive, got {amax.item()}")
+            self.input_amax = _frozen(amax.to(weight.device))
+        fmt = scheme.weight
+        quantized = quantize_weight(weight, fmt, input_moment=input_moment, clip=clip, zero_point=zero_point)
+        self.qweight = _frozen(LAYOUTS[fmt.layout].pack(quantized.codes))
+        self.scale = _frozen(quantized.scale)
+        if fmt.two_level:
+            self.group_code = _frozen(pack_groups(quantized.multiplier, quantized.zero_point))
+        self.bias = linear.bias
+        self.train(linear.training)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., K] to [..., N] in ``x.dtype`` (under autocast, in autocast's dtype).
+
+        Raises:
+            ValueError: if the last dimension of ``x`` is not K, or ``x`` is on another device than the weights.
+            TypeError: if ``x`` is not floating-point.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"the input must be floating-point, got {x.dtype}")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.quantized_linear(
+            x,
+            self.qweight,
+            self.scale,
+            self.group_code,
+            self.bias,
+            weight_format=self.scheme.weight.name,
+            quantizes_input=self.scheme.activation.bits == 8,
+            amax=self.input_amax,
+        )
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """fp32 [N, K]: exactly the values that the kernels multiply by."""
+        return reference.dequantize(self.qweight, self.scale, self.group_code, self.scheme.weight, self.in_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K] in the layer's dtype, computed anew at each access, for code that reads weights; writing to it changes nothing in the layer."""
+        return self.dequantized_weight().to(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the weight: codes, scales, group parameters and activation scale; the bias not counted."""
+        parts = (self.qweight, self.scale, self.group_code, self.input_amax)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included."""
+        return 8 * self.nbytes / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
+
+    def reset_parameters(self) -> None:
+        raise TypeError("a QuantLinear has no weights to initialise; load a checkpoint, or make it from a linear layer")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        exact = {name: getattr(self, name) for name in self._EXACT if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, _frozen(before.detach().to(after.device)))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self

@@ -1,0 +1,255 @@
+"""Op contracts, dispatch to a backend, and differentiable functions outside the ops.
+
+Each op is declared once with ``torch.library`` (schema and fake). Its implementation picks the backend at run time, so that graphs captured by
+``torch.compile`` do not depend on it. Differentiation stands outside, in ``torch.autograd.Function``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from . import reference
+from .formats import WEIGHT_FORMATS, WeightFormat
+from .packing import LAYOUTS
+
+BACKENDS = ("reference", "triton", "cuda")
+BACKEND_VARIABLE = "DITQ_BACKEND"
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("ditq_backend", default=None)
+
+
+class UnsupportedError(RuntimeError):
+    """A combination of op, format, device and backend that does not exist; the message names it and what would work."""
+
+
+def _known_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the ``with`` block, every op runs on backend ``name``: "reference", "triton" or "cuda".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    token = _chosen.set(_known_backend(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which is how CPU tensors can use them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unavailable(backend: str, device_type: str) -> str | None:
+    """None if ``backend`` can serve tensors on ``device_type``, else the reason in one clause, with the way out."""
+    if backend == "reference":
+        return None
+    if backend == "cuda":
+        return "the CUDA extension is not part of this build; use triton or reference"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton, or use reference"
+    if device_type == "cuda" and not interpreting():
+        return None
+    if device_type == "cpu" and interpreting():
+        return None
+    return f"triton kernels need CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before they are first used, and these are {device_type}; use reference"
+
+
+def selected_backend(device_type: str) -> str:
+    """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA tensors and reference for others.
+
+    Raises:
+        UnsupportedError: if the backend asked for cannot serve the device.
+        ValueError: if ``DITQ_BACKEND`` holds an unknown name.
+    """
+    asked = _chosen.get() or os.environ.get(BACKEND_VARIABLE)
+    if asked is None:
+        return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "reference"
+    reason = why_unavailable(_known_backend(asked), device_type)
+    if reason:
+        raise UnsupportedError(f"backend {asked!r} cannot serve {device_type} tensors: {reason}")
+    return asked
+
+
+def _backend(device: torch.device) -> ModuleType:
+    """The module that implements the ops for tensors on ``device``; kernels are imported on first use."""
+    if selected_backend(device.type) == "triton":
+        from . import kernels
+
+        return kernels
+    return reference
+
+
+_library = torch.library.Library("ditq", "DEF")
+_library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)")
+_library.define(
+    "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
+)
+_library.define("linear_a16(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format) -> Tensor")
+_library.define("grad_input(Tensor grad, Tensor qweight, Tensor scale, Tensor? group_code, str weight_format, int in_features) -> Tensor")
+
+
+def _check_weight(
+    in_features: int, device: torch.device, qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, weight_format: str
+) -> WeightFormat:
+    """The format of a stored weight whose parts fit each other, the input's width and its device; ValueError otherwise."""
+    if weight_format not in WEIGHT_FORMATS:
+        raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
+    fmt = WEIGHT_FORMATS[weight_format]
+    layout = LAYOUTS[fmt.layout]
+    out_features = qweight.shape[0]
+    expected = {
+        "qweight": (qweight, layout.dtype, (out_features, layout.columns(in_features))),
+        "scale": (scale, torch.float32, fmt.scale_shape(out_features, in_features)),
+    }
+    if fmt.two_level:
+        if group_code is None:
+            raise ValueError(f"{weight_format} weights need group_code")
+        expected["group_code"] = (group_code, torch.uint8, (fmt.group_count(in_features), out_features))
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
+    return fmt
+
+
+def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend(x.device).quantize_activation(x, amax)
+
+
+def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
+    fmt = _check_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
+    if out_dtype == torch.int32 and fmt.promoted:
+        raise UnsupportedError(
+            f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; ask for a floating-point dtype"
+        )
+    return _backend(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+
+
+def _linear_a16(x, qweight, scale, group_code, bias, weight_format):
+    fmt = _check_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
+    return _backend(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt)
+
+
+def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
+    fmt = _check_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
+    return _backend(grad.device).grad_input(grad, qweight, scale, group_code, fmt, in_features)
+
+
+def _quantize_activation_fake(x, amax):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
+    return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
+
+
+def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format):
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+def _grad_input_fake(grad, qweight, scale, group_code, weight_format, in_features):
+    return grad.new_empty((grad.shape[0], in_features))
+
+
+for _name, _implementation, _fake in (
+    ("quantize_activation", _quantize_activation, _quantize_activation_fake),
+    ("linear_a8", _linear_a8, _linear_a8_fake),
+    ("linear_a16", _linear_a16, _linear_a16_fake),
+    ("grad_input", _grad_input, _grad_input_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ditq::{_name}", _fake, lib=_library)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """``y = x W^T + b`` on a packed weight; the gradient passes straight through the activation's rounding."""
+
+    @staticmethod
+    def forward(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
+        rows = _rows(x)
+        if quantizes_input:
+            qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
+            y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
+        else:
+            y = torch.ops.ditq.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
+        return y.view(*x.shape[:-1], qweight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, bias, _, qweight, scale, group_code, weight_format, _ = inputs
+        ctx.save_for_backward(qweight, scale, group_code)
+        ctx.weight_format, ctx.input_shape = weight_format, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        qweight, scale, group_code = ctx.saved_tensors
+        rows = _rows(grad)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.ditq.grad_input(rows, qweight, scale, group_code, ctx.weight_format, ctx.input_shape[-1])
+            grad_x = grad_x.view(ctx.input_shape)
+        if ctx.needs_input_grad[1]:
+            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None, None, None, None
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    weight_format: str,
+    quantizes_input: bool,
+    amax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x`` [..., K] times a packed weight, to [..., N] in ``x.dtype``; differentiable in ``x`` and ``bias``.
+
+    Args:
+        qweight, scale, group_code: the stored weight, as :mod:`ditq_kernels.packing` lays it out.
+        bias: [N], any float dtype; added in fp32.
+        weight_format: a key of :data:`ditq_kernels.formats.WEIGHT_FORMATS`.
+        quantizes_input: whether the input is rounded to int8 first.
+        amax: fp32 [1], the calibrated reach of the input; None finds one per row.
+
+    Raises:
+        ValueError: if the parts of the weight do not fit each other or the input.
+    """
+    return _QuantizedLinear.apply(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+
+
+def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [..., K], any float dtype, to int8 codes [M, K] and fp32 scales [M], one row per token.
+
+    Per token, ``amax = max |x|`` in fp32, ``code = rint(x * (127 / amax))`` with ties to even, ``scale = amax / 127``. A calibrated ``amax``
+    (fp32 [1]) takes the place of the row's; codes then saturate. A row with NaN or an infinity gets the scale NaN.
+
+    Raises:
+        TypeError: if ``x`` is not floating-point.
+    """
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
+    return torch.ops.ditq.quantize_activation(_rows(x), amax)

@@ -1,0 +1,249 @@
+"""Float weights to codes, group parameters and scales: group-wise, to nearest or with one-shot error compensation, without training.
+
+First a :class:`Grid` is fitted to the weights (which values can be stored in each group), then the weights are rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .formats import CODE4_MAX, INT8_MAX, WeightFormat, largest_multiplier
+
+CLIP_RATIOS = tuple(1 - 0.025 * i for i in range(17))  # what clip="search" tries: 1.0 down to 0.6
+DAMPING = 0.01  # added to the moment's diagonal, as a fraction of its mean (Frantar et al., arXiv 2210.17323)
+COMPENSATION_BLOCK = 128  # columns whose error is spread at once over all later ones
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """An [N, K] weight as integers and scales, not yet packed.
+
+    Attributes:
+        codes: int8 in -127..127, or uint8 in 0..15, [N, K].
+        scale: fp32 [N], or [groups, N] where groups have float scales.
+        multiplier, zero_point: uint8 [groups, N] for two-level formats, else None.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    multiplier: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that can be stored: ``step * (code - zero)`` with ``low <= code <= high``.
+
+    Attributes:
+        step, zero: fp32 [N, groups].
+        low, high: the range of a code.
+        group: inputs per group (K for one group per channel).
+    """
+
+    step: torch.Tensor
+    zero: torch.Tensor
+    low: int
+    high: int
+    group: int
+
+    def columns(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(step, zero) of the given columns of the weight, each [N, len(columns)]."""
+        groups = columns // self.group
+        return self.step[:, groups], self.zero[:, groups]
+
+    def nearest(self, w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Codes, as fp32, of the stored values nearest to ``w``; ties to even."""
+        return (torch.round(w / step) + zero).clamp(self.low, self.high)
+
+
+# A range rule maps a group's largest excursions above and below zero (a, b >= 0) to (step, zero point).
+RangeRule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _symmetric(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.maximum(above, below) / 7, torch.full_like(above, 8)
+
+
+def _eighth_level(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Sixteen codes around zero leave one level over: the side that reaches further gets it.
+    downwards = below >= above
+    step = torch.where(downwards, torch.maximum(below / 8, above / 7), torch.maximum(above / 8, below / 7))
+    return step, torch.where(downwards, 8.0, 7.0)
+
+
+def _free_zero_point(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    step = (above + below) / CODE4_MAX
+    zero = torch.round(below / _positive(step)).clamp(0, CODE4_MAX)
+    # Rounding the zero point shifts the grid by up to half a step; widen the step until both ends are inside again.
+    step = torch.maximum(above / (CODE4_MAX - zero).clamp(min=1), below / zero.clamp(min=1))
+    return step, zero
+
+
+ZERO_POINT_RULES: dict[str, tuple[RangeRule, ...]] = {
+    "symmetric": (_symmetric,),
+    "eighth_level": (_eighth_level,),
+    "free": (_free_zero_point,),
+    "best": (_eighth_level, _free_zero_point),  # per group, the one with the smaller squared error
+}
+DEFAULT_ZERO_POINT = "eighth_level"
+
+
+def _positive(step: torch.Tensor) -> torch.Tensor:
+    """``step`` with zeros replaced by one: an all-zero group has nothing to divide."""
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+def _squared_error(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Sum over each group of the squared rounding error; ``groups`` [N, groups, G] to [N, groups]."""
+    step, zero = _positive(step).unsqueeze(-1), zero.unsqueeze(-1)
+    codes = (torch.round(groups / step) + zero).clamp(low, high)
+    return (groups - (codes - zero) * step).square().sum(-1)
+
+
+def _fit_ranges(
+    groups: torch.Tensor, rules: tuple[RangeRule, ...], clip: float | str | None, low: int, high: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(step, zero), each [N, groups]: of all rules and clip ratios the one with the smallest squared error; the first of equals."""
+    above, below = groups.amax(-1).clamp(min=0), (-groups.amin(-1)).clamp(min=0)
+    ratios = CLIP_RATIOS if clip == "search" else (1.0 if clip is None else float(clip),)
+    candidates = [rule(above * ratio, below * ratio) for ratio in ratios for rule in rules]
+    step, zero = candidates[0]
+    if len(candidates) > 1:
+        error = _squared_error(groups, step, zero, low, high)
+        for other_step, other_zero in candidates[1:]:
+            other = _squared_error(groups, other_step, other_zero, low, high)
+            better = other < error
+            error = torch.where(better, other, error)
+            step, zero = torch.where(better, other_step, step), torch.where(better, other_zero, zero)
+    return step, zero
+
+
+def _symmetric_int8(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.maximum(above, below) / INT8_MAX, torch.zeros_like(above)
+
+
+def _two_level(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale [N], multiplier [N, groups]): the channel scale that lets every group reach its step, and per group the multiplier that suits it.
+
+    A step between two multiples of the scale is rounded up (no weight is clipped) or down (finer steps, the extremes clipped), by squared error.
+    """
+    limits = torch.tensor([float(largest_multiplier(z)) for z in range(CODE4_MAX + 1)], device=step.device)[zero.long()]
+    scale = (step / limits).amax(1)
+    wanted = step / _positive(scale).unsqueeze(1)
+    up = torch.minimum(wanted.ceil().clamp(min=1), limits)
+    down = wanted.floor().clamp(min=1)
+    errors = [_squared_error(groups, scale.unsqueeze(1) * m, zero, 0, CODE4_MAX) for m in (up, down)]
+    return scale, torch.where(errors[1] < errors[0], down, up)
+
+
+def _split_groups(w: torch.Tensor, group: int) -> torch.Tensor:
+    """[N, K] to [N, groups, G]; a shorter last group is filled with zeros, which every range contains."""
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % group)).view(w.shape[0], -1, group)
+
+
+def _compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] rounded column by column, each column's error carried over to the columns not yet rounded.
+
+    The closed form of the optimal brain surgeon (Hassibi and Stork, 1993) for the layer's squared output error, in the order and with the Cholesky
+    factors of GPTQ (Frantar et al., arXiv 2210.17323): columns in descending order of their input's energy, the grid fitted beforehand.
+    """
+    in_features = w.shape[1]
+    hessian = moment.to(device=w.device, dtype=torch.float64).clone()
+    diagonal = hessian.diagonal()
+    unseen = diagonal <= 0
+    diagonal[unseen] = diagonal[~unseen].mean() if bool((~unseen).any()) else 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order]).to(torch.float32)
+    w = w[:, order].clone()
+    step, zero = grid.columns(order)
+    step = _positive(step)
+    codes = torch.empty_like(w)
+    for start in range(0, in_features, COMPENSATION_BLOCK):
+        stop = min(start + COMPENSATION_BLOCK, in_features)
+        errors = torch.empty_like(w[:, start:stop])
+        for k in range(start, stop):
+            codes[:, k] = grid.nearest(w[:, k], step[:, k], zero[:, k])
+            error = (w[:, k] - (codes[:, k] - zero[:, k]) * step[:, k]) / upper[k, k]
+            w[:, k + 1 : stop] -= error.unsqueeze(1) * upper[k, k + 1 : stop]
+            errors[:, k - start] = error
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of ``hessian`` (fp64 [K, K]); the damping grows tenfold until the matrix can be factored."""
+    damping = DAMPING * hessian.diagonal().mean()
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    for _ in range(8):
+        lower, failed = torch.linalg.cholesky_ex(hessian + damping * identity)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping = damping * 10
+    raise ValueError("input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T of finite inputs")
+
+
+def _check(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor | None, clip: float | str | None, zero_point: str) -> None:
+    if w.ndim != 2 or not w.dtype.is_floating_point:
+        raise ValueError(f"a weight must be a floating-point [N, K] matrix, got {w.dtype} {tuple(w.shape)}")
+    if not torch.isfinite(w).all():
+        raise ValueError("the weight holds NaN or infinite values; nothing was quantized")
+    if fmt.group is not None and fmt.group > w.shape[1]:
+        raise ValueError(
+            f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per output channel)"
+        )
+    if not (clip is None or clip == "search" or (isinstance(clip, (int, float)) and 0 < clip <= 1)):
+        raise ValueError(f'clip must be None, "search", or a ratio in (0, 1], got {clip!r}')
+    if zero_point not in ZERO_POINT_RULES:
+        raise ValueError(f"unknown zero_point {zero_point!r}; allowed: {', '.join(ZERO_POINT_RULES)}")
+    if moment is not None:
+        if moment.shape != (w.shape[1], w.shape[1]):
+            raise ValueError(f"input_moment must be [K, K] = [{w.shape[1]}, {w.shape[1]}], got {list(moment.shape)}")
+        if not torch.isfinite(moment).all():
+            raise ValueError("input_moment holds NaN or infinite values; calibrate again on finite activations")
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: torch.Tensor,
+    fmt: WeightFormat,
+    *,
+    input_moment: torch.Tensor | None = None,
+    clip: float | str | None = None,
+    zero_point: str = DEFAULT_ZERO_POINT,
+) -> QuantizedWeight:
+    """Quantize ``weight`` [N, K], any float dtype, to ``fmt``.
+
+    Args:
+        input_moment: [K, K], the sum of ``x x^T`` over observed inputs; if given, rounding is error-compensated, else to nearest.
+        clip: None keeps each group's whole range; a ratio in (0, 1] shrinks it; "search" finds the ratio of least squared error per group.
+        zero_point: how 4-bit groups place their levels, a key of :data:`ZERO_POINT_RULES`.
+
+    Raises:
+        ValueError: for weights that are not finite, a group larger than K, or a moment of the wrong shape.
+    """
+    _check(weight, fmt, input_moment, clip, zero_point)
+    w = weight.detach().to(torch.float32)
+    group = fmt.group or w.shape[1]
+    groups = _split_groups(w, group)
+    if fmt.two_level:
+        low, high = 0, CODE4_MAX
+        step, zero = _fit_ranges(groups, ZERO_POINT_RULES[zero_point], clip, low, high)
+        scale, multiplier = _two_level(groups, step, zero)
+        step = scale.unsqueeze(1) * multiplier
+        parameters = (multiplier.T.contiguous().to(torch.uint8), zero.T.contiguous().to(torch.uint8))
+    else:
+        low, high = -INT8_MAX, INT8_MAX
+        step, zero = _fit_ranges(groups, (_symmetric_int8,), clip, low, high)
+        scale = step.T.contiguous() if fmt.promoted else step[:, 0].contiguous()
+        parameters = (None, None)
+    grid = Grid(step, zero, low, high, group)
+    if input_moment is None:
+        codes = grid.nearest(groups, _positive(step).unsqueeze(-1), zero.unsqueeze(-1)).flatten(1)[:, : w.shape[1]]
+    else:
+        codes = _compensated_codes(w, grid, input_moment)
+    return QuantizedWeight(codes.to(torch.uint8 if fmt.two_level else torch.int8), scale, *parameters)

@@ -1,0 +1,129 @@
+"""What every op means, in plain PyTorch. It is also the implementation for CPU tensors.
+
+Numerics (the same on every backend): activation codes are ``rint(x * (127 / amax))``, ties to even, with IEEE division; int32 accumulators are exact; then,
+in fp32 and in this order, ``acc * sx * scale + bias``, and one rounding to the output dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from .formats import INT8_MAX, WeightFormat
+from .packing import LAYOUTS, unpack_groups
+
+# Rows that reach no further than this are quantized as if they did: 127 / amax stays finite, and a row of zeros needs no case of its own.
+SMALLEST_AMAX = 2.0**-100
+# A product of int8 codes over at most this many inputs stays below 2**24, so that fp32 holds every partial sum exactly.
+EXACT_FP32_INPUTS = 1024
+
+
+def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [M, K] to int8 codes [M, K] and fp32 scales [M].
+
+    ``amax``, fp32 [1], is the calibrated largest magnitude of the whole tensor, beyond which codes saturate; None finds one per row.
+    A row that holds NaN or an infinity gets codes 0 and the scale NaN, so that its output row is NaN.
+    """
+    x = x.to(torch.float32)
+    row_amax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    finite = torch.isfinite(row_amax)
+    reach = (row_amax if amax is None else amax.expand_as(row_amax)).clamp(min=SMALLEST_AMAX)
+    codes = torch.round(x * (INT8_MAX / reach).unsqueeze(1)).clamp(-INT8_MAX, INT8_MAX)
+    codes = torch.where(finite.unsqueeze(1), codes, 0.0)
+    scale = torch.where(finite, reach / INT8_MAX, torch.nan)
+    return codes.to(torch.int8), scale
+
+
+def decode(qweight: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int) -> torch.Tensor:
+    """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level formats."""
+    codes = LAYOUTS[fmt.layout].unpack(qweight, in_features)
+    if not fmt.two_level:
+        return codes
+    multiplier, zero_point = (_per_input(part, fmt, in_features).to(torch.int16) for part in unpack_groups(group_code))
+    return (multiplier * (codes.to(torch.int16) - zero_point)).to(torch.int8)
+
+
+def _per_input(parameters: torch.Tensor, fmt: WeightFormat, in_features: int) -> torch.Tensor:
+    """Group parameters [groups, N] spread to [N, K]."""
+    if fmt.group is None:
+        return parameters.T.expand(-1, in_features)
+    return parameters.T.repeat_interleave(fmt.group, 1)[:, :in_features]
+
+
+def dequantize(
+    qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int
+) -> torch.Tensor:
+    """fp32 [N, K]: integers times scales, exactly what the kernels multiply by."""
+    scales = _per_input(scale, fmt, in_features) if fmt.promoted else scale.unsqueeze(1)
+    return decode(qweight, group_code, fmt, in_features).to(torch.float32) * scales
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether this machine's int8 product does not saturate on the way (some instruction sets add pairs of products in 16 bits)."""
+    x = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
+    w = torch.full((16, 64), -INT8_MAX - 1, dtype=torch.int8)
+    try:
+        return torch.equal(torch._int_mm(x, w.T), torch.full((32, 16), -64 * INT8_MAX * (INT8_MAX + 1), dtype=torch.int32))
+    except RuntimeError:
+        return False
+
+
+def int8_product(qx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """int8 [M, K] times int8 [N, K] transposed: exact int32 [M, N]."""
+    if qx.device.type == "cpu" and _int_mm_is_exact() and qx.numel() and w.numel():
+        return torch._int_mm(qx, w.T)
+    total = qx.new_zeros((qx.shape[0], w.shape[0]), dtype=torch.int32)
+    for start in range(0, qx.shape[1], EXACT_FP32_INPUTS):
+        columns = slice(start, start + EXACT_FP32_INPUTS)
+        total += (qx[:, columns].to(torch.float32) @ w[:, columns].to(torch.float32).T).to(torch.int32)
+    return total
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """[M, N] in ``out_dtype``; with ``torch.int32`` the raw accumulators, of formats that have them."""
+    in_features = qx.shape[1]
+    w = decode(qweight, group_code, fmt, in_features)
+    if fmt.promoted:
+        total = torch.zeros((qx.shape[0], w.shape[0]), dtype=torch.float32, device=qx.device)
+        for index, start in enumerate(range(0, in_features, fmt.group)):
+            columns = slice(start, start + fmt.group)
+            total += int8_product(qx[:, columns].contiguous(), w[:, columns].contiguous()).to(torch.float32) * scale[index]
+        y = total * sx.unsqueeze(1)
+    else:
+        accumulator = int8_product(qx, w)
+        if out_dtype == torch.int32:
+            return accumulator
+        y = accumulator.to(torch.float32) * sx.unsqueeze(1) * scale
+    return (y if bias is None else y + bias.to(torch.float32)).to(out_dtype)
+
+
+def linear_a16(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+) -> torch.Tensor:
+    """``x`` [M, K] to [M, N] in ``x.dtype``, computed in fp32."""
+    weight = dequantize(qweight, scale, group_code, fmt, x.shape[1])
+    return F.linear(x.to(torch.float32), weight, None if bias is None else bias.to(torch.float32)).to(x.dtype)
+
+
+def grad_input(
+    grad: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int
+) -> torch.Tensor:
+    """``grad`` [M, N] to [M, K] in ``grad.dtype``: the product with the dequantized weight, computed in fp32."""
+    return (grad.to(torch.float32) @ dequantize(qweight, scale, group_code, fmt, in_features)).to(grad.dtype)
