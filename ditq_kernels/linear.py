@@ -52,8 +52,12 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         fmt = self.scheme.weight
         layout = LAYOUTS[fmt.layout]
-        self.qweight = _frozen(torch.empty(out_features, layout.columns(in_features), dtype=layout.dtype, device=device))
-        self.scale = _frozen(torch.empty(fmt.scale_shape(out_features, in_features), dtype=torch.float32, device=device))
+        self.qweight = _frozen(
+            torch.empty(out_features, layout.columns(in_features), dtype=layout.dtype, device=device)
+        )
+        self.scale = _frozen(
+            torch.empty(fmt.scale_shape(out_features, in_features), dtype=torch.float32, device=device)
+        )
         groups = (fmt.group_count(in_features), out_features)
         self.group_code = _frozen(torch.empty(groups, dtype=torch.uint8, device=device)) if fmt.two_level else None
         self.input_amax = _frozen(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
@@ -88,7 +92,12 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear.from_linear takes an unquantized nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
         self = cls.empty(
-            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=weight.dtype, device=torch.device("meta")
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=linear.bias is not None,
+            dtype=weight.dtype,
+            device=torch.device("meta"),
         )
         if scheme.static:
             if input_amax is None:

@@ -98,12 +98,21 @@ _library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)
 _library.define(
     "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
 )
-_library.define("linear_a16(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format) -> Tensor")
-_library.define("grad_input(Tensor grad, Tensor qweight, Tensor scale, Tensor? group_code, str weight_format, int in_features) -> Tensor")
+_library.define(
+    "linear_a16(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format) -> Tensor"
+)
+_library.define(
+    "grad_input(Tensor grad, Tensor qweight, Tensor scale, Tensor? group_code, str weight_format, int in_features) -> Tensor"
+)
 
 
 def _check_weight(
-    in_features: int, device: torch.device, qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, weight_format: str
+    in_features: int,
+    device: torch.device,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    weight_format: str,
 ) -> WeightFormat:
     """The format of a stored weight whose parts fit each other, the input's width and its device; ValueError otherwise."""
     if weight_format not in WEIGHT_FORMATS:
@@ -122,7 +131,9 @@ def _check_weight(
     for name, (tensor, dtype, shape) in expected.items():
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}")
+            raise ValueError(
+                f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}"
+            )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
     return fmt

@@ -62,7 +62,14 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("int8", 1, torch.int8, lambda k: k, _pack_int8, _unpack_int8),
-        Layout("int4_planar128", 1, torch.uint8, lambda k: -(-k // BLOCK) * HALF_BLOCK, _pack_int4_planar, _unpack_int4_planar),
+        Layout(
+            "int4_planar128",
+            1,
+            torch.uint8,
+            lambda k: -(-k // BLOCK) * HALF_BLOCK,
+            _pack_int4_planar,
+            _unpack_int4_planar,
+        ),
     )
 }
 

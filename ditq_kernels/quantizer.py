@@ -184,10 +184,14 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
             if not failed:
                 return upper
         damping = damping * 10
-    raise ValueError("input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T of finite inputs")
+    raise ValueError(
+        "input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T of finite inputs"
+    )
 
 
-def _check(w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor | None, clip: float | str | None, zero_point: str) -> None:
+def _check(
+    w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor | None, clip: float | str | None, zero_point: str
+) -> None:
     if w.ndim != 2 or not w.dtype.is_floating_point:
         raise ValueError(f"a weight must be a floating-point [N, K] matrix, got {w.dtype} {tuple(w.shape)}")
     if not torch.isfinite(w).all():

@@ -66,7 +66,9 @@ def _int_mm_is_exact() -> bool:
     x = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
     w = torch.full((16, 64), -INT8_MAX - 1, dtype=torch.int8)
     try:
-        return torch.equal(torch._int_mm(x, w.T), torch.full((32, 16), -64 * INT8_MAX * (INT8_MAX + 1), dtype=torch.int32))
+        return torch.equal(
+            torch._int_mm(x, w.T), torch.full((32, 16), -64 * INT8_MAX * (INT8_MAX + 1), dtype=torch.int32)
+        )
     except RuntimeError:
         return False
 
@@ -99,7 +101,9 @@ def linear_a8(
         total = torch.zeros((qx.shape[0], w.shape[0]), dtype=torch.float32, device=qx.device)
         for index, start in enumerate(range(0, in_features, fmt.group)):
             columns = slice(start, start + fmt.group)
-            total += int8_product(qx[:, columns].contiguous(), w[:, columns].contiguous()).to(torch.float32) * scale[index]
+            total += (
+                int8_product(qx[:, columns].contiguous(), w[:, columns].contiguous()).to(torch.float32) * scale[index]
+            )
         y = total * sx.unsqueeze(1)
     else:
         accumulator = int8_product(qx, w)
@@ -123,7 +127,12 @@ def linear_a16(
 
 
 def grad_input(
-    grad: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int
+    grad: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    fmt: WeightFormat,
+    in_features: int,
 ) -> torch.Tensor:
     """``grad`` [M, N] to [M, K] in ``grad.dtype``: the product with the dequantized weight, computed in fp32."""
     return (grad.to(torch.float32) @ dequantize(qweight, scale, group_code, fmt, in_features)).to(grad.dtype)

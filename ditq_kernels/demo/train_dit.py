@@ -67,7 +67,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def training_batch(step: int, batch: int, seed: int, pictures: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def training_batch(
+    step: int, batch: int, seed: int, pictures: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Clean pictures, noise, timesteps and labels of one step; a function of ``seed`` and ``step`` alone, so that training can resume."""
     epoch_steps = len(pictures) // batch
     epoch, position = divmod(step, epoch_steps)
@@ -151,10 +153,16 @@ def train(out: Path, data: Path, steps: int, batch: int, peak_rate: float, seed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=Path("out/fashion_dit"), help="where model and training state go (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("out/fashion_dit"),
+        help="where model and training state go (default: %(default)s)",
     )
     parser.add_argument(
-        "--data", type=Path, default=fashion_mnist.DEFAULT_DIRECTORY, help="directory of the data set (default: %(default)s)"
+        "--data",
+        type=Path,
+        default=fashion_mnist.DEFAULT_DIRECTORY,
+        help="directory of the data set (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=128)
