@@ -30,9 +30,11 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
     row_amax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     finite = torch.isfinite(row_amax)
     reach = (row_amax if amax is None else amax.expand_as(row_amax)).clamp(min=SMALLEST_AMAX)
-    codes = torch.round(x * (INT8_MAX / reach).unsqueeze(1)).clamp(-INT8_MAX, INT8_MAX)
+    # Division by or of a Python number may become a product with a rounded reciprocal; of two tensors it is IEEE division.
+    largest = torch.full_like(reach, INT8_MAX)
+    codes = torch.round(x * (largest / reach).unsqueeze(1)).clamp(-INT8_MAX, INT8_MAX)
     codes = torch.where(finite.unsqueeze(1), codes, 0.0)
-    scale = torch.where(finite, reach / INT8_MAX, torch.nan)
+    scale = torch.where(finite, reach / largest, torch.nan)
     return codes.to(torch.int8), scale
 
 

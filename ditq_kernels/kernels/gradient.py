@@ -1,0 +1,112 @@
+"""The gradient of the input, on the packed weight: ``grad_x = grad_y @ W`` with W decoded tile by tile, never dense."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import WeightFormat
+from .config import GRADIENT_TILE, columns_per_part, launch_device
+from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
+from .interpreter import interpreting
+
+
+@triton.jit(do_not_specialize=["M"])
+def grad_input_kernel(
+    grad,
+    qweight,
+    scale,
+    group_code,
+    grad_x,
+    M,
+    N,
+    K,
+    stride_m,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROMOTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: BLOCK_M rows of one part of a block, both halves. The reduction runs over the outputs."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    step = tl.program_id(1)
+    _, k = part_of_block(step, PART)
+    grad_row = grad + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_m
+    operand_type: tl.constexpr = matrix_operand_type(grad.dtype.element_ty, COMPILED)
+    total_low = tl.zeros([BLOCK_M, PART], tl.float32)
+    total_high = tl.zeros([BLOCK_M, PART], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < N
+        n_read = tl.where(inside, n, 0)
+        low, high = load_halves(
+            qweight, group_code, n_read, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED
+        )
+        if PROMOTED:
+            s_low, s_high = load_group_scales(scale, n_read, N, groups, step, GROUP, PART)
+        else:
+            s_low = tl.load(scale + n_read)
+            s_high = s_low
+        g = tl.load(grad_row + n_read[None, :], mask=inside[None, :], other=0)  # [BLOCK_M, BLOCK_N]
+        w_low = (low.to(tl.float32) * s_low[:, None]).to(g.dtype).to(operand_type)
+        w_high = (high.to(tl.float32) * s_high[:, None]).to(g.dtype).to(operand_type)
+        g = g.to(operand_type)
+        total_low = tl.dot(g, w_low, total_low, input_precision="ieee")
+        total_high = tl.dot(g, w_high, total_high, input_precision="ieee")
+    columns = (k + tl.arange(0, PART))[None, :]
+    row = grad_x + m.to(tl.int64)[:, None] * K
+    rows_inside = (m < M)[:, None]
+    tl.store(row + columns, total_low.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
+    columns += HALF_BLOCK
+    tl.store(row + columns, total_high.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
+
+
+def grad_input(
+    grad: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    fmt: WeightFormat,
+    in_features: int,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.grad_input`; weights are rounded to the gradient's dtype, sums are fp32."""
+    rows, out_features = grad.shape
+    grad_x = torch.empty((rows, in_features), dtype=grad.dtype, device=grad.device)
+    if not grad_x.numel():
+        return grad_x
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    part = columns_per_part(fmt)
+    tile = GRADIENT_TILE
+    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(in_features, BLOCK.value) * (HALF_BLOCK.value // part))
+    with launch_device(grad):
+        grad_input_kernel[grid](
+            grad,
+            qweight,
+            scale,
+            group_code,
+            grad_x,
+            rows,
+            out_features,
+            in_features,
+            grad.stride(0),
+            qweight.stride(0),
+            fmt.group_count(in_features),
+            BITS=fmt.bits,
+            GROUP=fmt.group or 0,
+            PROMOTED=fmt.promoted,
+            EVEN_K=in_features % BLOCK.value == 0,
+            COMPILED=not interpreting(),
+            PART=part,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return grad_x
