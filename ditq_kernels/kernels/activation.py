@@ -43,13 +43,20 @@ def quantize_activation_kernel(
     tl.store(scales + row, tl.where(row_is_finite, tl.div_rn(reach, 127.0), float("nan")))
 
 
+def specialise(columns: int, has_amax: bool) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    """(compile-time constants, launch options) for rows of ``columns``."""
+    block = min(triton.next_power_of_2(max(columns, 1)), MAX_ACTIVATION_BLOCK)
+    # A fused multiply-add would round once where the definition rounds twice.
+    return dict(HAS_AMAX=has_amax, BLOCK_K=block), dict(num_warps=4 if block <= 4096 else 8, enable_fp_fusion=False)
+
+
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`ditq_kernels.reference.quantize_activation`; any strides."""
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = min(triton.next_power_of_2(max(columns, 1)), MAX_ACTIVATION_BLOCK)
+        constants, options = specialise(columns, amax is not None)
         with launch_device(x):
             quantize_activation_kernel[(rows,)](
                 x,
@@ -60,9 +67,7 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
                 columns,
                 x.stride(0),
                 x.stride(1),
-                HAS_AMAX=amax is not None,
-                BLOCK_K=block,
-                num_warps=4 if block <= 4096 else 8,
-                enable_fp_fusion=False,  # a fused multiply-add would round once where the definition rounds twice
+                **constants,
+                **options,
             )
     return codes, scales

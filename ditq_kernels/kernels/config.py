@@ -16,6 +16,7 @@ from ..packing import HALF_BLOCK
 
 MAX_ACTIVATION_BLOCK = 8192  # columns that one program of the activation quantizer holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights and does without matrix instructions
+SMALL_STAGES = 3
 # Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 

@@ -68,6 +68,21 @@ def grad_input_kernel(
     tl.store(row + columns, total_high.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
 
 
+def specialise(fmt: WeightFormat, in_features: int) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`grad_input_kernel`."""
+    constants = dict(
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        PROMOTED=fmt.promoted,
+        EVEN_K=in_features % BLOCK.value == 0,
+        COMPILED=not interpreting(),
+        PART=columns_per_part(fmt),
+        BLOCK_M=GRADIENT_TILE.block_m,
+        BLOCK_N=GRADIENT_TILE.block_n,
+    )
+    return constants, dict(num_warps=GRADIENT_TILE.num_warps, num_stages=GRADIENT_TILE.num_stages)
+
+
 def grad_input(
     grad: torch.Tensor,
     qweight: torch.Tensor,
@@ -82,9 +97,9 @@ def grad_input(
     if not grad_x.numel():
         return grad_x
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    part = columns_per_part(fmt)
-    tile = GRADIENT_TILE
-    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(in_features, BLOCK.value) * (HALF_BLOCK.value // part))
+    constants, options = specialise(fmt, in_features)
+    parts = HALF_BLOCK.value // constants["PART"]
+    grid = (triton.cdiv(rows, constants["BLOCK_M"]), triton.cdiv(in_features, BLOCK.value) * parts)
     with launch_device(grad):
         grad_input_kernel[grid](
             grad,
@@ -98,15 +113,7 @@ def grad_input(
             grad.stride(0),
             qweight.stride(0),
             fmt.group_count(in_features),
-            BITS=fmt.bits,
-            GROUP=fmt.group or 0,
-            PROMOTED=fmt.promoted,
-            EVEN_K=in_features % BLOCK.value == 0,
-            COMPILED=not interpreting(),
-            PART=part,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **constants,
+            **options,
         )
     return grad_x

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from .config import SMALL_M, capability, choose_small, choose_tile, columns_per_part, launch_device, tile_class
+from .config import (
+    SMALL_M,
+    SMALL_STAGES,
+    capability,
+    choose_small,
+    choose_tile,
+    columns_per_part,
+    launch_device,
+    tile_class,
+)
 from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
 from .interpreter import interpreting
 
@@ -99,8 +108,13 @@ def product_kernel(
         x_low, x_high = x_low.to(operand_type), x_high.to(operand_type)
         if PROMOTED:
             s_low, s_high = load_group_scales(scale, n_read, N, groups, step, GROUP, PART)
-            total += tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee").to(tl.float32) * s_low[:, None]
-            total += tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee").to(tl.float32) * s_high[:, None]
+            total += (
+                tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee").to(tl.float32) * s_low[:, None]
+            )
+            total += (
+                tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee").to(tl.float32)
+                * s_high[:, None]
+            )
         else:
             total = tl.dot(low, x_low, total, out_dtype=accumulator_type, input_precision="ieee")
             total = tl.dot(high, x_high, total, out_dtype=accumulator_type, input_precision="ieee")
@@ -167,6 +181,36 @@ def small_product_kernel(
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], result.to(y.dtype.element_ty), mask=inside_y)
 
 
+def specialise(
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    fmt: WeightFormat,
+    rows: int,
+    in_features: int,
+    has_bias: bool,
+    capability: int,
+) -> tuple[triton.JITFunction, dict[str, int | bool], dict[str, int]]:
+    """(kernel, its compile-time constants, launch options) for a product of ``rows`` rows on ``capability``."""
+    if rows <= SMALL_M:
+        kernel, config, stages = small_product_kernel, choose_small(rows), SMALL_STAGES
+    else:
+        kernel, config = product_kernel, choose_tile(tile_class(rows), x_dtype.itemsize, fmt, capability)
+        stages = config.num_stages
+    constants = dict(
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        PROMOTED=fmt.promoted,
+        HAS_BIAS=has_bias,
+        RAW=out_dtype == torch.int32,
+        EVEN_K=in_features % BLOCK.value == 0,
+        COMPILED=not interpreting(),
+        PART=columns_per_part(fmt),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+    )
+    return kernel, constants, dict(num_warps=config.num_warps, num_stages=stages)
+
+
 def _launch(
     x: torch.Tensor,
     sx: torch.Tensor | None,
@@ -183,14 +227,10 @@ def _launch(
     if not y.numel():
         return y
     x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
-    if rows <= SMALL_M:
-        config, kernel = choose_small(rows), small_product_kernel
-        grid, stages = (triton.cdiv(out_features, config.block_n),), 3
-    else:
-        config = choose_tile(tile_class(rows), x.element_size(), fmt, capability(x.device))
-        kernel = product_kernel
-        grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
-        stages = config.num_stages
+    kernel, constants, options = specialise(
+        x.dtype, out_dtype, fmt, rows, in_features, bias is not None, capability(x.device)
+    )
+    grid = (triton.cdiv(rows, constants["BLOCK_M"]) * triton.cdiv(out_features, constants["BLOCK_N"]),)
     with launch_device(x):
         kernel[grid](
             x,
@@ -206,18 +246,8 @@ def _launch(
             x.stride(0),
             qweight.stride(0),
             fmt.group_count(in_features),
-            BITS=fmt.bits,
-            GROUP=fmt.group or 0,
-            PROMOTED=fmt.promoted,
-            HAS_BIAS=bias is not None,
-            RAW=out_dtype == torch.int32,
-            EVEN_K=in_features % BLOCK.value == 0,
-            COMPILED=not interpreting(),
-            PART=columns_per_part(fmt),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=stages,
+            **constants,
+            **options,
         )
     return y
 
