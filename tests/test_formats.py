@@ -1,0 +1,46 @@
+import dataclasses
+
+import pytest
+
+from ditq_kernels import SCHEMES, Scheme
+from ditq_kernels.formats import CODE4_MAX, MULTIPLIER_MAX, RECOMMENDED, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels.packing import LAYOUTS
+
+
+def test_every_scheme_parses_to_itself():
+    for name, scheme in SCHEMES.items():
+        assert Scheme.parse(name) is scheme and Scheme.parse(scheme) is scheme and str(scheme) == name
+        assert scheme.weight.layout in LAYOUTS
+
+
+def test_the_recommended_schemes_come_first():
+    assert tuple(SCHEMES)[: len(RECOMMENDED)] == RECOMMENDED
+    assert len(SCHEMES) == len(WEIGHT_FORMATS) * 3
+
+
+@pytest.mark.parametrize("name", ["w3a8", "w8a8_g48", "w8a16_static", "w4a16_g128_static", "W8A8", "", "w8a8_g128_g64"])
+def test_unknown_schemes_are_refused_with_what_is_allowed(name):
+    with pytest.raises(ValueError, match=r"unknown scheme .*w<bits>a<bits>\[_g<group>\]\[_static\].*128"):
+        Scheme.parse(name)
+
+
+def test_weight_only_keeps_the_weights():
+    for scheme in SCHEMES.values():
+        assert scheme.weight_only.weight is scheme.weight
+        assert scheme.weight_only.activation.bits == 16
+
+
+def test_formats_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SCHEMES["w8a8"].weight.bits = 4
+
+
+def test_multipliers_reach_exactly_as_far_as_int8_allows():
+    for zero_point in range(CODE4_MAX + 1):
+
+        def fits(multiplier, zero_point=zero_point):
+            products = [multiplier * (code - zero_point) for code in range(CODE4_MAX + 1)]
+            return multiplier <= MULTIPLIER_MAX and -128 <= min(products) and max(products) <= 127
+
+        limit = largest_multiplier(zero_point)
+        assert fits(limit) and not fits(limit + 1)

@@ -1,0 +1,179 @@
+"""The Triton kernels against the reference: interpreted on the CPU, compiled where there is a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import SHAPES, activations, assert_within_budget, linear
+
+from ditq_kernels import SCHEMES, QuantLinear, kernels, reference
+from ditq_kernels.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels.kernels import activation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+
+
+def stored(fmt, out_features, in_features, device):
+    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    layer = QuantLinear.from_linear(
+        linear(out_features, in_features, device), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
+    )
+    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 64, 200, 1152, 8192, 8200])
+def test_activation_codes_are_bit_exact(columns, dtype, static, device):
+    x = activations(9, columns, dtype, device)
+    x[4, -1] = float("nan")
+    x[5, 0] = float("inf")
+    x[6] *= 1e-6
+    amax = torch.tensor([3.0], device=device) if static else None
+    codes, scales = kernels.quantize_activation(x, amax)
+    expected_codes, expected_scales = reference.quantize_activation(x, amax)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1))
+
+
+def test_activations_may_have_any_strides(device):
+    x = activations(64, 24, torch.bfloat16, device).T
+    assert x.stride(1) != 1
+    for actual, expected in zip(kernels.quantize_activation(x), reference.quantize_activation(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_the_smallest_reach_is_the_references():
+    assert activation.SMALLEST_AMAX.value == reference.SMALLEST_AMAX
+
+
+@shapes
+@formats
+def test_integer_accumulators_are_bit_exact(fmt, shape, device):
+    rows, out_features, in_features = shape
+    weight, _ = stored(fmt, out_features, in_features, device) if not (fmt.group or 0) > in_features else (None, None)
+    if weight is None or fmt.promoted:
+        pytest.skip("this format has no single accumulator" if fmt.promoted else "the group is larger than K")
+    qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
+    actual, expected = (module.linear_a8(qx, sx, *weight, None, fmt, torch.int32) for module in (kernels, reference))
+    assert actual.dtype == torch.int32 and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@shapes
+@formats
+def test_int8_activation_products(fmt, shape, dtype, device):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, device)
+    qx, sx = reference.quantize_activation(activations(rows, in_features, dtype, device))
+    x = qx.double() * sx.double().unsqueeze(1)
+    w = reference.dequantize(*weight, fmt, in_features)
+    exact = F.linear(x, w.double(), bias.double())
+    same_precision = F.linear(x.float(), w, bias).to(dtype)
+    for module in (kernels, reference):
+        assert_within_budget(module.linear_a8(qx, sx, *weight, bias, fmt, dtype), same_precision, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@shapes
+@formats
+def test_16_bit_activation_products(fmt, shape, dtype, device):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, device)
+    x = activations(rows, in_features, dtype, device)
+    w = reference.dequantize(*weight, fmt, in_features)
+    exact = F.linear(x.double(), w.double(), bias.double())
+    same_precision = F.linear(x, w.to(dtype), bias.to(dtype))
+    for module in (kernels, reference):
+        assert_within_budget(module.linear_a16(x, *weight, bias, fmt), same_precision, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[1:7], ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+@formats
+def test_gradients_of_the_input(fmt, shape, dtype, device):
+    rows, out_features, in_features = shape
+    weight, _ = stored(fmt, out_features, in_features, device)
+    grad = activations(rows, out_features, dtype, device)
+    w = reference.dequantize(*weight, fmt, in_features)
+    for module in (kernels, reference):
+        assert_within_budget(
+            module.grad_input(grad, *weight, fmt, in_features), grad @ w.to(dtype), grad.double() @ w.double()
+        )
+
+
+@formats
+def test_identity_activations_decode_the_weight(fmt, device):
+    """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
+    in_features = 320
+    weight, _ = stored(fmt, 48, in_features, device)
+    decoded = kernels.linear_a16(torch.eye(in_features, device=device), *weight, None, fmt)
+    assert torch.equal(decoded, reference.dequantize(*weight, fmt, in_features).T)
+    few = kernels.linear_a16(torch.eye(in_features, device=device)[100:116], *weight, None, fmt)
+    assert torch.equal(few, decoded[100:116])
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8_g128_static", "w4a8_g32", "w4a16_g128"])
+def test_empty_batches(name, device):
+    layer = QuantLinear.from_linear(linear(24, 128, device), name, input_amax=4.0)
+    weight = (layer.qweight, layer.scale, layer.group_code)
+    empty = torch.empty(0, 128, device=device)
+    assert kernels.linear_a16(empty, *weight, layer.bias, layer.scheme.weight).shape == (0, 24)
+    assert [part.shape for part in kernels.quantize_activation(empty)] == [(0, 128), (0,)]
+    assert kernels.grad_input(torch.empty(0, 24, device=device), *weight, layer.scheme.weight, 128).shape == (0, 128)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8_g64", "w4a8_g128", "w4a8_static"])
+def test_a_broken_row_gives_a_row_of_nan(name, rows, device):
+    layer = QuantLinear.from_linear(linear(24, 128, device), name, input_amax=4.0)
+    x = activations(rows, 128, torch.float32, device)
+    x[2, 5] = float("inf")
+    qx, sx = kernels.quantize_activation(x, layer.input_amax)
+    y = kernels.linear_a8(
+        qx, sx, layer.qweight, layer.scale, layer.group_code, layer.bias, layer.scheme.weight, torch.float32
+    )
+    broken = torch.isnan(y)
+    assert broken[2].all() and not broken[:2].any() and not broken[3:].any()
+
+
+@pytest.mark.parametrize("name", ["w8a8_g128", "w4a8_g128", "w8a16_g128"])
+def test_the_same_input_gives_the_same_bits(name, device):
+    layer = QuantLinear.from_linear(linear(72, 384, device), name).to(device)
+    weight = (layer.qweight, layer.scale, layer.group_code)
+    x = activations(33, 384, torch.bfloat16, device)
+    first, second = (kernels.linear_a16(x, *weight, layer.bias, layer.scheme.weight) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_arithmetic_of_the_assembly_decoder():
+    """Four codes in one word, decoded by one multiply-add and one XOR, for every code, zero point and multiplier that a format may hold."""
+    for zero_point in range(CODE4_MAX + 1):
+        for multiplier in range(1, largest_multiplier(zero_point) + 1):
+            for code in range(CODE4_MAX + 1):
+                neighbours = (
+                    CODE4_MAX,
+                    code,
+                    0,
+                    code,
+                )  # both extremes beside the code, where a carry or a borrow would show
+                word = sum(value << (8 * place) for place, value in enumerate(neighbours))
+                word = word * multiplier + (128 - zero_point * multiplier) * 0x01010101
+                assert word < 2**32
+                word ^= 0x80808080
+                for place, value in enumerate(neighbours):
+                    byte = (word >> (8 * place)) & 0xFF
+                    assert byte - 256 * (byte > 127) == multiplier * (value - zero_point)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name.startswith("w4a8")])
+def test_the_assembly_decoder_on_the_gpu(name, device):
+    fmt = SCHEMES[name].weight
+    weight, _ = stored(fmt, 128, 384, device)
+    qx = torch.randint(-127, 128, (300, 384), dtype=torch.int8, device=device)
+    ones = torch.ones(300, device=device)
+    actual, expected = (module.linear_a8(qx, ones, *weight, None, fmt, torch.int32) for module in (kernels, reference))
+    assert torch.equal(actual, expected)

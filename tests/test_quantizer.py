@@ -1,0 +1,154 @@
+import pytest
+import torch
+from oracle import linear
+
+from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.packing import LAYOUTS, pack_groups
+from ditq_kernels.quantizer import ZERO_POINT_RULES, quantize_weight
+from ditq_kernels.reference import dequantize
+
+FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+TWO_LEVEL = [fmt for fmt in WEIGHT_FORMATS.values() if fmt.two_level]
+CPU = torch.device("cpu")
+
+
+def dequantized(quantized, fmt, in_features):
+    stored = LAYOUTS[fmt.layout].pack(quantized.codes)
+    group_code = pack_groups(quantized.multiplier, quantized.zero_point) if fmt.two_level else None
+    return dequantize(stored, quantized.scale, group_code, fmt, in_features)
+
+
+def moment(in_features, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    x = torch.randn(tokens, in_features, generator=generator) @ mixing
+    return x.T @ x
+
+
+def output_error(weight, approximation, input_moment):
+    difference = (approximation - weight).double()
+    return ((difference @ input_moment.double()) * difference).sum()
+
+
+@FORMATS
+@pytest.mark.parametrize("in_features", [128, 150, 384])
+def test_codes_stay_in_range_and_products_in_int8(fmt, in_features):
+    quantized = quantize_weight(linear(24, in_features, CPU).weight, fmt)
+    if fmt.two_level:
+        m, z = quantized.multiplier.int(), quantized.zero_point.int()
+        assert quantized.codes.max() <= 15 and m.min() >= 1 and m.max() <= 16 and z.max() <= 15
+        assert ((15 - z) * m).max() <= 127 and (z * m).max() <= 128
+    else:
+        assert quantized.codes.abs().max() == 127
+
+
+@FORMATS
+def test_rounding_is_to_the_nearest_stored_value(fmt):
+    """No weight is further from its stored value than the nearest of all values that its group can store."""
+    weight = linear(16, 150, CPU).weight.detach()
+    quantized = quantize_weight(weight, fmt)
+    actual = dequantized(quantized, fmt, 150)
+    group = fmt.group or 150
+    for index in range(fmt.group_count(150)):
+        columns = slice(index * group, (index + 1) * group)
+        if fmt.two_level:
+            levels = (torch.arange(16) - quantized.zero_point[index].int().unsqueeze(1)) * quantized.multiplier[
+                index
+            ].int().unsqueeze(1)
+            levels = levels * quantized.scale.unsqueeze(1)
+        else:
+            scale = quantized.scale[index] if fmt.promoted else quantized.scale
+            levels = torch.arange(-127, 128) * scale.unsqueeze(1)
+        w = weight[:, columns]
+        best = (w.unsqueeze(-1) - levels.unsqueeze(1)).abs().amin(-1)
+        # Codes at the middle between two values may fall to either; beyond that only fp32 rounding of the quotient is allowed.
+        slack = torch.finfo(torch.float32).eps * levels.abs().amax()
+        assert ((w - actual[:, columns]).abs() <= best + slack).all()
+
+
+@FORMATS
+def test_stored_values_quantize_to_themselves(fmt):
+    weight = dequantized(quantize_weight(linear(16, 256, CPU).weight, fmt), fmt, 256)
+    again = dequantized(quantize_weight(weight, fmt), fmt, 256)
+    if fmt.two_level:
+        # The scale may be chosen anew (a coarser group cannot become finer), so only the error is bounded: by half a step.
+        step = weight.abs().amax(1, keepdim=True) / 7
+        assert ((again - weight).abs() <= step / 2).all()
+    else:
+        assert torch.allclose(again, weight, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+
+
+@FORMATS
+def test_zero_weights_stay_zero(fmt):
+    quantized = quantize_weight(torch.zeros(8, 256), fmt)
+    assert torch.equal(dequantized(quantized, fmt, 256), torch.zeros(8, 256))
+
+
+@pytest.mark.parametrize("fmt", TWO_LEVEL, ids=lambda fmt: fmt.name)
+def test_finer_zero_points_lower_the_error(fmt):
+    weight = linear(32, 384, CPU).weight.detach()  # its groups lean to one side
+    errors = {
+        rule: (dequantized(quantize_weight(weight, fmt, zero_point=rule), fmt, 384) - weight).square().sum()
+        for rule in ZERO_POINT_RULES
+    }
+    assert errors["best"] < errors["eighth_level"] < errors["symmetric"]
+
+
+@FORMATS
+def test_clip_search_reduces_the_weights_error(fmt):
+    weight = linear(32, 384, CPU).weight.detach()
+    plain, searched = (dequantized(quantize_weight(weight, fmt, clip=clip), fmt, 384) for clip in (None, "search"))
+    assert (searched - weight).square().sum() <= (plain - weight).square().sum()
+    clipped = dequantized(quantize_weight(weight, fmt, clip=0.5), fmt, 384)
+    assert clipped.abs().max() < plain.abs().max()
+
+
+@FORMATS
+def test_compensation_lowers_the_output_error(fmt):
+    weight = linear(48, 256, CPU).weight.detach()
+    seen = moment(256, 512)
+    nearest, compensated = (dequantized(quantize_weight(weight, fmt, input_moment=m), fmt, 256) for m in (None, seen))
+    assert output_error(weight, compensated, seen) < 0.7 * output_error(weight, nearest, seen)
+
+
+@FORMATS
+@pytest.mark.parametrize("in_features", [256, 150])
+def test_compensation_of_uncorrelated_inputs_is_rounding_to_nearest(fmt, in_features):
+    weight = linear(24, in_features, CPU).weight
+    plain = quantize_weight(weight, fmt)
+    compensated = quantize_weight(weight, fmt, input_moment=3 * torch.eye(in_features))
+    assert torch.equal(plain.codes, compensated.codes)
+
+
+@FORMATS
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_a_singular_moment_is_damped(fmt, tokens):
+    """Fewer tokens than inputs, one token, none at all, and inputs that never fire."""
+    weight = linear(24, 256, CPU).weight.detach()
+    singular = moment(256, tokens)
+    singular[:, :9] = 0
+    singular[:9] = 0
+    compensated = dequantized(quantize_weight(weight, fmt, input_moment=singular), fmt, 256)
+    nearest = dequantized(quantize_weight(weight, fmt), fmt, 256)
+    assert torch.isfinite(compensated).all()
+    assert output_error(weight, compensated, singular) <= output_error(weight, nearest, singular)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(weight=torch.full((4, 128), float("nan"))), "NaN or infinite"),
+        (dict(weight=torch.ones(4, 100)), r"groups of 128 are larger than K = 100"),
+        (dict(weight=torch.ones(128)), r"\[N, K\]"),
+        (dict(weight=torch.ones(4, 128, dtype=torch.int8)), "floating-point"),
+        (dict(clip=1.5), r"clip must be .*got 1.5"),
+        (dict(clip="best"), "clip must be"),
+        (dict(zero_point="middle"), "unknown zero_point 'middle'; allowed: symmetric"),
+        (dict(input_moment=torch.eye(64)), r"\[128, 128\], got \[64, 64\]"),
+        (dict(input_moment=torch.full((128, 128), float("inf"))), "input_moment holds NaN"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    arguments = dict(weight=torch.ones(4, 128)) | arguments
+    with pytest.raises(ValueError, match=message):
+        quantize_weight(arguments.pop("weight"), WEIGHT_FORMATS["w4_g128"], **arguments)
