@@ -83,7 +83,7 @@ class SmallConfig:
 
 
 # The product of rows, outputs and columns of a part is what a program holds in registers.
-SMALL_TILES = {rows: SmallConfig(rows, max(4, 32 // rows), 4) for rows in (1, 2, 4, 8, 16)}
+SMALL_TILES = {rows: SmallConfig(rows, max(4, 16 // rows), 4) for rows in (1, 2, 4, 8, 16)}
 
 
 def choose_small(rows: int) -> SmallConfig:
@@ -91,7 +91,7 @@ def choose_small(rows: int) -> SmallConfig:
     return next(config for limit, config in SMALL_TILES.items() if rows <= limit)
 
 
-GRADIENT_TILE = TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
+GRADIENT_TILE = TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
 
 
 @functools.cache
