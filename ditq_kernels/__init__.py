@@ -1,16 +1,29 @@
 """Low-bit inference kernels for diffusion transformers."""
 
+from .calibration import Calibration, calibrate
+from .checkpoint import CheckpointError, load, save
+from .conversion import quantize
 from .formats import SCHEMES, Scheme
 from .linear import QuantLinear
 from .ops import UnsupportedError, quantize_activation, use_backend
+from .planning import Plan, PlanEntry, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SCHEMES",
+    "Calibration",
+    "CheckpointError",
+    "Plan",
+    "PlanEntry",
     "QuantLinear",
     "Scheme",
     "UnsupportedError",
+    "calibrate",
+    "load",
+    "plan",
+    "quantize",
     "quantize_activation",
+    "save",
     "use_backend",
 ]

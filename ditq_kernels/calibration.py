@@ -1,0 +1,263 @@
+"""Calibration from one step of one sampling run (arXiv 2406.11100): what each linear layer is fed there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .observation import Observer, count_calls, linear_layers, observe_calls
+
+FORMAT = "ditq-calibration"
+VERSION = 1
+
+
+@dataclass(eq=False)
+class Calibration:
+    """What the linear layers of a model were fed in one sampling step.
+
+    Attributes:
+        model: the name of the model's class.
+        in_features: K of every unquantized linear layer of the model, called in that step or not.
+        step, steps: the step observed, and the steps of the run where they were counted (else None).
+        calls_per_step: calls of the model that make one step.
+        percentile: of the magnitudes, taken as ``amax``; None means the largest.
+        amax: largest input magnitude of each layer that was called in the step.
+        moments: fp32 [K, K], the sum of ``x x^T`` over the step's tokens; layers fed the same input share one tensor.
+        tokens: rows that each layer was fed.
+    """
+
+    model: str
+    in_features: dict[str, int]
+    step: int
+    steps: int | None
+    calls_per_step: int
+    percentile: float | None = None
+    amax: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""
+        layers = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.check_layers(layers, type(model).__name__)
+
+    def check_layers(self, in_features: Mapping[str, int], model: str = "model") -> None:
+        """:meth:`check` on a mapping from layer names to K; ``model`` is what messages call the model."""
+        origin = f"the calibration was taken on another model ({self.model})"
+        for name, expected in self.in_features.items():
+            if name not in in_features:
+                raise ValueError(f"{origin}: this {model} has no linear layer {name}; calibrate this model")
+            if in_features[name] != expected:
+                raise ValueError(
+                    f"{origin}: {name} has K = {in_features[name]} in this {model} and K = {expected} there; "
+                    "calibrate this model"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file; a file already there is replaced at once, or not at all."""
+        path = Path(path)
+        stored: dict[int, str] = {}
+        tensors, moment_of = {}, {}
+        for name, moment in self.moments.items():
+            if id(moment) not in stored:
+                stored[id(moment)] = f"moment.{len(stored)}"
+                tensors[stored[id(moment)]] = moment.contiguous()
+            moment_of[name] = stored[id(moment)]
+        record = {
+            "model": self.model,
+            "in_features": self.in_features,
+            "step": self.step,
+            "steps": self.steps,
+            "calls_per_step": self.calls_per_step,
+            "percentile": self.percentile,
+            "amax": self.amax,
+            "tokens": self.tokens,
+        }
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "calibration": json.dumps(record),
+            "moments": json.dumps(moment_of),
+        }
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            save_file(tensors, unfinished, metadata=header)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Calibration:
+        """Read what :meth:`save` wrote; moments on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a calibration, or one of a newer version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no calibration file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} is a safetensors file but not a calibration; ditq.calibrate(...).save writes one"
+                    )
+                if int(header["version"]) > VERSION:
+                    raise ValueError(f"{path} was written by a newer ditq_kernels; upgrade to read it")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+                moment_of = json.loads(header["moments"])
+                moments = {name: tensors[key] for name, key in moment_of.items()}
+                return cls(**json.loads(header["calibration"]), moments=moments)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a calibration file, or is damaged: {error}") from None
+
+
+def moment_bytes(model: nn.Module, names: Collection[str] | None = None) -> int:
+    """Upper bound of the memory, in bytes, that ``calibrate(model, ..., moments=names)`` takes for second moments.
+
+    ``4 K^2`` per layer; layers fed the same input share a moment, so less is taken. ``names``: layer names or fnmatch
+    patterns; None: all.
+
+    Raises:
+        ValueError: if a name or pattern matches no linear layer.
+    """
+    layers = linear_layers(model)
+    chosen = layers if names is None else _matching(layers, names)
+    return sum(4 * layers[name].in_features ** 2 for name in chosen)
+
+
+def calibrate(
+    model: nn.Module,
+    run: Callable[[], Any],
+    step: int | float = 0.5,
+    *,
+    percentile: float | None = None,
+    moments: bool | Collection[str] = False,
+    calls_per_step: int = 1,
+) -> Calibration:
+    """Observe one step of a sampling run.
+
+    Args:
+        model: the model that the sampler calls; it is left as it was.
+        run: does one sampling run, of any pipeline or sampler that calls ``model``; ended after the observed step.
+            A fraction or a negative ``step`` runs it twice: first to count its steps, which costs one forward pass
+            (its output is replayed for all later calls) and the sampler's own arithmetic. So ``run`` must be
+            repeatable, and may not let the model's values decide how many steps it takes.
+        step: an index (negative: from the end), or a fraction in [0, 1] of the run as a float.
+        percentile: in (0, 100]: take this percentile of the magnitudes (nearest rank) for ``amax`` and let larger
+            inputs saturate. Over several calls of a layer, the largest of the calls' percentiles.
+        moments: True, or a collection of layer names and fnmatch patterns: also the second moments that
+            error-compensated rounding needs. They are computed in fp32 on the layer's device, one layer at a time, and
+            kept on the CPU: at most ``4 K^2`` bytes per layer (:func:`moment_bytes` says how much in all), and on the
+            device one input and one [K, K] fp32 matrix.
+        calls_per_step: calls of ``model`` in one step: 2 for pipelines that do guidance in a second call.
+
+    A layer that the step does not call is absent from the result's ``amax``.
+
+    Raises:
+        TypeError: if ``model`` is no module, ``run`` not callable, or ``step`` no number.
+        ValueError: for a model without linear layers, a run that does not call the model, a step beyond the run,
+            inputs that are not finite (naming the layer), a name in ``moments`` that matches nothing, and numbers out
+            of range.
+    """
+    layers = _checked_layers(model, run)
+    _check_numbers(step, percentile, calls_per_step)
+    if isinstance(moments, bool):
+        moment_names: Collection[str] = layers if moments else ()
+    else:
+        moment_names = _matching(layers, moments)
+    steps = None
+    index = int(step)
+    if not isinstance(step, Integral) or step < 0:
+        steps = _count_steps(model, run, calls_per_step)
+        index = _step_index(step, steps)
+    observer = Observer(percentile, moment_names)
+    calls = observe_calls(model, run, index * calls_per_step, calls_per_step, observer)
+    if calls == 0:
+        raise ValueError(_NOT_CALLED.format(type(model).__name__))
+    if calls < (index + 1) * calls_per_step:
+        raise ValueError(
+            f"step {index} is beyond the run: it called the model {calls} times, {calls_per_step} per step"
+        )
+    in_features = {name: layer.in_features for name, layer in layers.items()}
+    return Calibration(
+        type(model).__name__,
+        in_features,
+        index,
+        steps,
+        calls_per_step,
+        percentile,
+        observer.amax,
+        observer.moments,
+        observer.tokens,
+    )
+
+
+_NOT_CALLED = "run() never called the {} given to calibrate; give the model that the pipeline itself holds"
+
+
+def _checked_layers(model: nn.Module, run: Callable[[], Any]) -> dict[str, nn.Linear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
+    if not callable(run):
+        raise TypeError(f"run must be callable without arguments, got {type(run).__name__}")
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no unquantized linear layer to calibrate")
+    return layers
+
+
+def _check_numbers(step: int | float, percentile: float | None, calls_per_step: int) -> None:
+    if isinstance(step, bool) or not isinstance(step, Real):
+        raise TypeError(f"step must be an int (an index) or a float (a fraction of the run), got {step!r}")
+    if not isinstance(step, Integral) and not 0 <= step <= 1:
+        raise ValueError(f"a step given as a fraction must lie in [0, 1], got {step}; an index is an int")
+    if percentile is not None and not (isinstance(percentile, Real) and 0 < percentile <= 100):
+        raise ValueError(f"percentile must lie in (0, 100], got {percentile!r}")
+    if isinstance(calls_per_step, bool) or not isinstance(calls_per_step, Integral) or calls_per_step < 1:
+        raise ValueError(f"calls_per_step must be a positive int, got {calls_per_step!r}")
+
+
+def _count_steps(model: nn.Module, run: Callable[[], Any], calls_per_step: int) -> int:
+    calls = count_calls(model, run)
+    if calls == 0:
+        raise ValueError(_NOT_CALLED.format(type(model).__name__))
+    if calls % calls_per_step:
+        raise ValueError(
+            f"the run called the model {calls} times, which is no multiple of calls_per_step = {calls_per_step}"
+        )
+    return calls // calls_per_step
+
+
+def _step_index(step: int | float, steps: int) -> int:
+    if not isinstance(step, Integral):
+        return min(math.floor(step * steps), steps - 1)
+    if step < -steps:
+        raise ValueError(f"step {step} is beyond the run: it has {steps} steps")
+    return int(step) + steps
+
+
+def _matching(layers: Mapping[str, nn.Linear], patterns: Collection[str]) -> set[str]:
+    """The names that any of ``patterns`` matches; a pattern that matches none is an error, for it is a misspelling."""
+    chosen: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matched = {name for name in layers if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ValueError(f"moments: {pattern!r} matches no unquantized linear layer of the model")
+        chosen |= matched
+    return chosen

@@ -1,0 +1,242 @@
+"""Quantized models to and from a directory: ``ditq.json`` (the manifest) and ``model.safetensors``. No pickles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from .conversion import replace_module
+from .linear import QuantLinear
+from .manifest import (
+    PROGRESS_BYTES,
+    TENSOR_FILE,
+    CheckpointError,
+    LayerRecord,
+    Manifest,
+    model_config,
+    sha256,
+)
+from .planning import obstacle_to
+
+_FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # as safetensors calls them
+
+
+def save(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the quantized ``model``: every parameter and buffer, those that a state dict leaves out included.
+
+    The directory appears whole or not at all.
+
+    Raises:
+        FileExistsError: if ``directory`` is there already, unless it is an empty directory.
+        CheckpointError: (a ValueError) if the model has no quantized layer, or a tensor without data.
+    """
+    directory = Path(directory)
+    _check_free(directory)
+    layers = {
+        name: LayerRecord.of(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear)
+    }
+    if not layers or "" in layers:
+        raise CheckpointError(
+            f"{type(model).__name__} holds no quantized layers to save; run ditq.quantize on it first"
+        )
+    tensors, aliases = _distinct_tensors(model)
+    parent = directory.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
+    unfinished.mkdir()
+    try:
+        file = unfinished / TENSOR_FILE
+        save_file(tensors, file, metadata={"format": "pt"})
+        Manifest(
+            written_by=_version(),
+            model_class=type(model).__name__,
+            config=model_config(model),
+            layers=layers,
+            non_persistent_buffers=sorted(_non_persistent(model)),
+            aliases=aliases,
+            tensor_bytes=file.stat().st_size,
+            tensor_sha256=sha256(file),
+        ).write(unfinished)
+        _check_free(directory)
+        if directory.is_dir():
+            directory.rmdir()  # an empty one; not every system renames over it
+        os.rename(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load(
+    directory: str | os.PathLike, device: torch.device | str | None = None, model: nn.Module | None = None
+) -> nn.Module:
+    """The model that :func:`save` wrote, in eval mode; 16-bit weights of its quantized layers are never made.
+
+    Args:
+        device: where the tensors go; None: the CPU.
+        model: for models that diffusers cannot build: an instance with plain ``nn.Linear`` layers, best made under
+            ``torch.device("meta")``. It is filled in place and returned; its own values are dropped.
+
+    Raises:
+        CheckpointError: (a ValueError) for a directory that is no checkpoint, one written by a newer version, a file
+            that is not as it was saved, and tensors that do not fit the model. ``model`` is then as it was.
+        ImportError: if the checkpoint needs diffusers, which is not installed.
+    """
+    directory, device = Path(directory), torch.device(device or "cpu")
+    manifest = Manifest.read(directory)
+    quantized = {name: record.empty_layer(name) for name, record in manifest.layers.items()}
+    path = directory / TENSOR_FILE
+    manifest.check_tensor_file(path)
+    if model is None:
+        model = _build(manifest, directory)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            stored = set(file.keys())
+            _check_fit(model, quantized, manifest, {name: file.get_slice(name) for name in stored})
+            _replace(model, quantized)
+            _fill(model, file, manifest.aliases, progress=manifest.tensor_bytes >= PROGRESS_BYTES)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    _check_complete(model)
+    return model.eval()
+
+
+def _version() -> str:
+    from . import __version__  # the package's root imports this file
+
+    return __version__
+
+
+def _check_free(directory: Path) -> None:
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor, bool]]:
+    """(full name, module, name in it, tensor, whether it is a parameter), of every place that holds a tensor."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for leaf, tensor in held.items():
+                if tensor is not None:
+                    yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf, tensor, is_parameter
+
+
+def _non_persistent(model: nn.Module) -> set[str]:
+    return {name for name, module, leaf, _, _ in _slots(model) if leaf in module._non_persistent_buffers_set}
+
+
+def _distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by name, aliases): each tensor once, and the further names of those that have several."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple, str] = {}
+    storages: set[tuple] = set()
+    for name, _, _, tensor, _ in _slots(model):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device and has no data; disable offloading before saving")
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and view in first_name:
+            aliases[name] = first_name[view]
+            continue
+        first_name[view] = name
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        # safetensors refuses tensors that overlap in memory: another view of stored memory is stored as a copy.
+        copied = storage in storages or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        storages.add(storage)
+        tensors[name] = tensor.detach().contiguous().clone() if copied else tensor.detach().contiguous()
+    return tensors, aliases
+
+
+def _build(manifest: Manifest, directory: Path) -> nn.Module:
+    """The model's skeleton on the meta device; only model classes that diffusers itself exports are built."""
+    name = manifest.model_class
+    by_hand = f"build a {name} yourself and pass it: ditq.load({str(directory)!r}, model=...)"
+    if manifest.config is None:
+        raise CheckpointError(f"the checkpoint cannot say how its {name} is built; {by_hand}")
+    import diffusers
+
+    cls = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise CheckpointError(f"diffusers {diffusers.__version__} has no model class {name}; {by_hand}")
+    with torch.device("meta"):
+        return cls.from_config(manifest.config)
+
+
+def _check_fit(model: nn.Module, quantized: dict[str, QuantLinear], manifest: Manifest, stored: dict) -> None:
+    """CheckpointError unless the file holds exactly the tensors that ``model`` will have; touches nothing."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in quantized.items():
+        plain = modules.get(name)
+        if not isinstance(plain, nn.Linear) or isinstance(plain, QuantLinear) or obstacle_to(plain):
+            found = "nothing" if plain is None else f"a {type(plain).__name__}"
+            raise CheckpointError(f"{name} must be a plain nn.Linear in the model that is filled, found {found}")
+        if (plain.in_features, plain.out_features) != (layer.in_features, layer.out_features):
+            raise CheckpointError(
+                f"{name} is {plain.in_features} -> {plain.out_features} in the model and "
+                f"{layer.in_features} -> {layer.out_features} in the checkpoint"
+            )
+    expected = {name: tensor for name, _, _, tensor, _ in _slots(model) if name.rpartition(".")[0] not in quantized} | {
+        f"{name}.{leaf}": part for name, layer in quantized.items() for leaf, part in layer.named_parameters()
+    }
+    for alias, target in manifest.aliases.items():
+        if target not in stored or alias in stored:
+            raise CheckpointError(f"the manifest is damaged: it calls {alias} another name of {target}")
+    slices = stored | {alias: stored[target] for alias, target in manifest.aliases.items()}
+    for what, names in (("lacks", expected.keys() - slices.keys()), ("holds", slices.keys() - expected.keys())):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            clause = "" if what == "lacks" else ", which the model does not have"
+            raise CheckpointError(f"the checkpoint {what} {min(names)}{rest}{clause}")
+    for name, tensor in expected.items():
+        shape, dtype = list(slices[name].get_shape()), slices[name].get_dtype()
+        if shape != list(tensor.shape):
+            raise CheckpointError(f"{name} is {shape} in the checkpoint and {list(tensor.shape)} in the model")
+        owner, _, leaf = name.rpartition(".")
+        if owner in quantized and leaf != "bias" and dtype != _FILE_DTYPES[tensor.dtype]:
+            raise CheckpointError(f"{name} is {dtype} in the checkpoint; it must be {_FILE_DTYPES[tensor.dtype]}")
+
+
+def _replace(model: nn.Module, quantized: dict[str, QuantLinear]) -> None:
+    for name, layer in quantized.items():
+        plain = model.get_submodule(name)
+        if not isinstance(plain, QuantLinear):  # a module with two names was replaced under both
+            replace_module(model, plain, layer)
+
+
+def _fill(model: nn.Module, file: safe_open, aliases: dict[str, str], *, progress: bool) -> None:
+    """Put the file's tensors into their places, of the dtype in which they were saved; aliases share one tensor."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, module, leaf, placeholder, is_parameter in tqdm(
+        list(_slots(model)), desc="load", unit="tensor", leave=False, disable=not progress
+    ):
+        source = aliases.get(name, name)
+        if source not in parameters:
+            tensor = file.get_tensor(source)
+            trainable = placeholder.requires_grad and tensor.is_floating_point()
+            parameters[source] = nn.Parameter(tensor, requires_grad=trainable)
+        if is_parameter:
+            module._parameters[leaf] = parameters[source]
+        else:
+            module._buffers[leaf] = parameters[source].data
+
+
+def _check_complete(model: nn.Module) -> None:
+    """CheckpointError if a tensor is left without data: one that is neither parameter nor buffer, so was not saved."""
+    for prefix, module in model.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for leaf, tensor in held.items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                raise CheckpointError(
+                    f"{name} is neither parameter nor buffer, so it was not saved, and was not computed; "
+                    "pass model= built on a real device"
+                )

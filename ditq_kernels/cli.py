@@ -1,0 +1,281 @@
+"""``ditq``: quantize, generate, demo, env. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+# What a user can mend; anything else is a defect of ours and shows its traceback.
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+
+
+def _say_error(error: BaseException) -> None:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    print(f"ditq: error: {message}", file=sys.stderr)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA GPU; use --device cpu")
+    return name
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another --out, or remove it")
+
+
+def _calibrate(source, args: argparse.Namespace, scheme):
+    """The calibration that ``args`` need, or None: static schemes and compensated rounding are the ones that need it."""
+    if not scheme.static and args.rounding != "compensated":
+        return None
+    from .calibration import calibrate
+    from .integrations.sampling import default_scheduler, sample
+
+    config = source.transformer.config
+    if type(source.transformer).__name__ != "DiTTransformer2DModel":
+        raise ValueError(
+            f"this command can sample only DiTTransformer2DModel, which calibration needs, and {args.source} holds a "
+            f"{type(source.transformer).__name__}; calibrate it in Python with ditq.calibrate(model, run)"
+        )
+    labels = [(args.seed + i * 7919) % config.num_embeds_ada_norm for i in range(args.samples)]
+    seeds = [args.seed + i for i in range(args.samples)]
+    scheduler = source.scheduler or default_scheduler()
+
+    def run() -> None:
+        sample(source.transformer, scheduler, labels, seeds, steps=args.steps, guidance=args.guidance)
+
+    return calibrate(source.transformer, run, args.step, moments=args.rounding == "compensated")
+
+
+def quantize_command(args: argparse.Namespace) -> int:
+    from .conversion import plan, quantize, quantized_layers
+    from .formats import Scheme
+
+    scheme = Scheme.parse(args.scheme)
+    if not args.plan_only:
+        if args.out is None:
+            raise ValueError("--out is needed: the directory to write the quantized model to (or --plan-only)")
+        _refuse_existing(args.out)
+    from .integrations.diffusers import load_source, save_quantized
+
+    source = load_source(args.source, device=_device(args.device))
+    chosen = plan(source.transformer, scheme)
+    print(chosen)
+    if args.plan_only:
+        return 0
+    calibration = _calibrate(source, args, scheme)
+    quantize(source.transformer, chosen, calibration, rounding=args.rounding, clip=args.clip)
+    layers = quantized_layers(source.transformer).values()
+    save_quantized(source, args.out)
+    stored = sum(layer.nbytes for layer in layers)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    print(
+        f"{args.out}: {len(layers)} layers quantized, {weights / 1e6:.1f} M weights in {stored / 1e6:.1f} MB "
+        f"({8 * stored / weights:.2f} bits per weight; in 16 bits they take {2 * weights / 1e6:.1f} MB)"
+    )
+    return 0
+
+
+def _class_index(name: str, labels: dict[str, int], classes: int) -> int:
+    if name.isdigit():
+        index = int(name)
+        if index >= classes:
+            raise ValueError(f"class {index} does not exist: this model's classes are 0 to {classes - 1}")
+        return index
+    if name in labels:
+        return labels[name]
+    known = f"names such as {', '.join(list(labels)[:10])}, or " if labels else ""
+    raise ValueError(f"unknown class {name!r}; this model knows {known}indices 0 to {classes - 1}")
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    from .integrations.diffusers import load_source
+    from .integrations.sampling import default_scheduler, sample, save_grid
+
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out} is a directory; name a PNG file")
+    source = load_source(args.directory, device=_device(args.device), with_vae=True)
+    config = source.transformer.config
+    if type(source.transformer).__name__ != "DiTTransformer2DModel":
+        raise ValueError(f"generate samples only DiTTransformer2DModel, and {args.directory} holds another model")
+    source.check_decodable()
+    labels = [_class_index(name, source.labels, config.num_embeds_ada_norm) for name in args.classes]
+    pairs = [(label, seed) for seed in args.seed for label in labels]
+    samples = sample(
+        source.transformer,
+        source.scheduler or default_scheduler(),
+        [label for label, _ in pairs],
+        [seed for _, seed in pairs],
+        steps=args.steps,
+        guidance=args.guidance,
+    )
+    save_grid(source.decode(samples), len(labels), args.out)
+    print(f"{args.out}: {len(pairs)} pictures")
+    return 0
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    from .demo.report import check_output, table, write_report
+    from .demo.run import Settings, run_demo
+
+    settings = Settings(seeds=args.samples_per_class, steps=args.steps, device=_device(args.device))
+    check_output(args.out)
+    results, calibration = run_demo(settings)
+    write_report(results, calibration, settings, args.out)
+    print(table(results))
+    print(
+        f"pictures: {args.out / 'samples.png'}   page: {args.out / 'report.md'}   numbers: {args.out / 'report.json'}"
+    )
+    return 0
+
+
+def env_command(args: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+    import shutil
+
+    import torch
+
+    from . import __version__
+    from .ops import BACKENDS, why_unavailable
+
+    print(f"ditq_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics"):
+        try:
+            print(f"  {package:12} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package:12} not installed")
+    print(f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            print(f"  GPU {index}        {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    else:
+        print("  GPU          none that torch can use")
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for kind in kinds:
+        for backend in BACKENDS:
+            reason = why_unavailable(backend, kind)
+            print(f"backend {backend:9} for {kind:4} tensors: {'works' if reason is None else 'no: ' + reason}")
+    return 0
+
+
+def _sampling_options(parser: argparse.ArgumentParser, guidance: float) -> None:
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale (default: %(default)s)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ditq",
+        description="Diffusion transformers in 8 and 4 bits: calibrated from one sampling step, no training.",
+        epilog="DITQ_BACKEND=reference|triton chooses the backend, DITQ_DEBUG=1 shows tracebacks.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"examples:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+        return sub
+
+    quantize = command(
+        "quantize",
+        quantize_command,
+        "quantize a diffusers model or pipeline and save it",
+        "  ditq quantize ./DiT-XL-2-256 --scheme w8a8 --out ./dit-w8a8\n"
+        "  ditq quantize ./DiT-XL-2-256 --scheme w4a8_g128 --rounding compensated --out ./dit-w4a8\n"
+        "  ditq quantize facebook/DiT-XL-2-256 --scheme w4a16_g128 --plan-only",
+    )
+    quantize.add_argument("source", metavar="SRC", help="directory of a model or pipeline, or a hub name (owner/name)")
+    quantize.add_argument("--scheme", required=True, help="w8a8, w8a8_static, w4a8_g128, w4a16_g128 ...")
+    quantize.add_argument("--out", type=Path, help="directory to write; must not exist")
+    quantize.add_argument("--plan-only", action="store_true", help="print what would be done to each layer, and stop")
+    quantize.add_argument(
+        "--rounding",
+        choices=("nearest", "compensated"),
+        default="nearest",
+        help="compensated: calibrates, better 4-bit pictures",
+    )
+    quantize.add_argument("--clip", type=_clip, help='shrink group ranges: a ratio in (0, 1], or "search"')
+    quantize.add_argument(
+        "--step", type=_step, default=0.5, help="the step to calibrate on: index, or fraction (default: %(default)s)"
+    )
+    quantize.add_argument(
+        "--samples", type=int, default=8, help="pictures in the calibration run (default: %(default)s)"
+    )
+    quantize.add_argument("--seed", type=int, default=0, help="of the calibration run (default: %(default)s)")
+    _sampling_options(quantize, 4.0)
+
+    generate = command(
+        "generate",
+        generate_command,
+        "draw pictures with a quantized or original class-conditional DiT",
+        "  ditq generate ./dit-w8a8 --class 207 360 --seed 0 1 --out dogs-and-otters.png\n"
+        "  ditq generate ./fashion-w4 --class sneaker bag --seed 3 --out pictures.png",
+    )
+    generate.add_argument("directory", metavar="DIR", help="what ditq quantize wrote, or a diffusers model or pipeline")
+    generate.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or indices")
+    generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one row of pictures per seed (default: 0)")
+    generate.add_argument("--out", type=Path, default=Path("pictures.png"), help="PNG to write (default: %(default)s)")
+    _sampling_options(generate, 2.0)
+
+    demo = command(
+        "demo",
+        demo_command,
+        "quantize the embedded model by every scheme and compare the pictures",
+        "  ditq demo --out out/demo\n  ditq demo --steps 10 --samples-per-class 1 --out /tmp/quick",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="directory for the report (default: %(default)s)"
+    )
+    demo.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    demo.add_argument("--samples-per-class", type=int, default=2, help="pictures per class (default: %(default)s)")
+
+    command("env", env_command, "say what is installed and which backends work here, and why not", "  ditq env")
+    return parser
+
+
+def _clip(text: str) -> str | float:
+    return text if text == "search" else float(text)
+
+
+def _step(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    from .ops import UnsupportedError
+
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("ditq: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (*USER_ERRORS, UnsupportedError) as error:
+        if os.environ.get("DITQ_DEBUG"):
+            raise
+        _say_error(error)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Models to low bits, in place, one layer at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .calibration import Calibration
+from .formats import WEIGHT_FORMATS, Scheme
+from .linear import QuantLinear
+from .observation import linear_layers
+from .planning import Plan, PlanEntry, obstacle_to, plan
+from .quantizer import quantize_weight
+
+ROUNDINGS = ("nearest", "compensated")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Name to layer, of every quantized layer in ``model``."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands in ``model``: a module may be registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def quantize(
+    model: nn.Module,
+    scheme_or_plan: str | Scheme | Plan,
+    calibration: Calibration | None = None,
+    rounding: str = "nearest",
+    *,
+    clip: float | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace linear layers of ``model`` by :class:`QuantLinear`, in place; returns ``model``.
+
+    Each 16-bit weight is freed as its layer is done, so that the peak is the model and one layer. Everything is checked
+    first: on a TypeError or ValueError the model is as it was.
+
+    Args:
+        scheme_or_plan: a scheme or its name (planned by :func:`plan`), or a plan made for this model.
+        calibration: what static schemes and compensated rounding need; left as it is.
+        rounding: "nearest", or "compensated": a weight's rounding error is made up for by the weights rounded after
+            it, as the calibration's second moments say.
+        clip: None keeps each group's whole range; else a ratio in (0, 1], or "search": see
+            :func:`ditq_kernels.quantizer.quantize_weight`.
+        progress: whether to show a bar.
+
+    Raises:
+        TypeError: for arguments of the wrong kind.
+        ValueError: for an unknown scheme, rounding or clip; a plan or calibration of another model; a layer that is
+            quantized already, lacks the calibration that its scheme needs, has forward hooks, or whose weights are not
+            finite or not there.
+    """
+    chosen = scheme_or_plan if isinstance(scheme_or_plan, Plan) else plan(model, scheme_or_plan)
+    entries = chosen.quantized()
+    _check_request(model, calibration, rounding, clip)
+    if calibration is not None:
+        calibration.check(model)
+    _check_layers(model, chosen)
+    for entry in entries:
+        _check_calibration(entry, calibration, rounding)
+    for entry in tqdm(entries, desc="quantize", unit="layer", leave=False, disable=not progress):
+        scheme = Scheme.parse(entry.scheme)
+        layer = model.get_submodule(entry.name)
+        quantized = QuantLinear.from_linear(
+            layer,
+            scheme,
+            input_amax=calibration.amax[entry.name] if scheme.static else None,
+            input_moment=calibration.moments[entry.name] if rounding == "compensated" else None,
+            clip=clip,
+        )
+        replace_module(model, layer, quantized)
+    return model
+
+
+def _check_request(model: nn.Module, calibration: Calibration | None, rounding: str, clip: float | str | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must come from ditq.calibrate, got {type(calibration).__name__}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
+    if rounding == "compensated" and calibration is None:
+        raise ValueError(
+            'rounding="compensated" needs second moments: calibration=ditq.calibrate(model, run, moments=True)'
+        )
+    quantize_weight(torch.zeros(1, 1), WEIGHT_FORMATS["w8"], clip=clip)  # the quantizer's own rule for clip
+
+
+def _check_layers(model: nn.Module, chosen: Plan) -> None:
+    layers = linear_layers(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in chosen:
+        name = entry.name
+        if isinstance(modules.get(name), QuantLinear):
+            raise ValueError(f"{name} is quantized already; make the plan from the model as it is now")
+        if name not in layers:
+            raise ValueError(f"the plan is not this model's: {type(model).__name__} has no linear layer {name}")
+        layer = layers[name]
+        if (layer.in_features, layer.out_features) != (entry.in_features, entry.out_features):
+            found, planned = (f"{one.in_features} -> {one.out_features}" for one in (layer, entry))
+            raise ValueError(f"the plan is not this model's: {name} is {found}, the plan says {planned}")
+        if entry.scheme is not None:
+            _check_layer(entry, layer)
+
+
+def _check_layer(entry: PlanEntry, layer: nn.Linear) -> None:
+    name, weight = entry.name, layer.weight
+    group = Scheme.parse(entry.scheme).weight.group
+    obstacle = obstacle_to(layer) or (entry.reason if entry.fixed else None)
+    if obstacle:
+        raise ValueError(f"{name} cannot be quantized: {obstacle}")
+    if group is not None and group > entry.in_features:
+        raise ValueError(
+            f"{name} cannot take {entry.scheme}: K = {entry.in_features} is smaller than a group of {group}"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        raise ValueError(f"{name} has forward hooks, which would be lost; remove them (or disable offloading) first")
+    if weight.is_meta:
+        raise ValueError(
+            f"the weight of {name} is on the meta device: load the weights first, offload after quantizing"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the weight of {name} holds NaN or infinite values; keep that layer in 16 bits, or repair it")
+
+
+def _check_calibration(entry: PlanEntry, calibration: Calibration | None, rounding: str) -> None:
+    name, scheme = entry.name, Scheme.parse(entry.scheme)
+    if scheme.static:
+        dynamic = scheme.name.removesuffix("_static")
+        if calibration is None:
+            raise ValueError(f"{scheme} needs calibration=ditq.calibrate(model, run); {dynamic} needs none")
+        amax = calibration.amax.get(name)
+        if amax is None:
+            raise ValueError(
+                f"the calibrated step never called {name}, so it cannot take {scheme}; give it {dynamic} or None"
+            )
+        if not (math.isfinite(amax) and amax > 0):
+            raise ValueError(
+                f"the calibration holds amax = {amax} for {name}, so it cannot take {scheme}; give it {dynamic}"
+            )
+    if rounding == "compensated":
+        moment = calibration.moments.get(name)
+        if moment is None:
+            raise ValueError(
+                f"the calibration has no second moment of {name}; calibrate with moments=True, or give that layer None "
+                'in the plan, or use rounding="nearest"'
+            )
+        shape = [entry.in_features, entry.in_features]
+        if list(moment.shape) != shape or not bool(torch.isfinite(moment).all()) or bool((moment.diagonal() < 0).any()):
+            raise ValueError(f"the second moment of {name} must be a finite {shape} sum of x x^T; calibrate again")

@@ -1,0 +1,1 @@
+"""Where other libraries meet this one; the only package that imports diffusers at module level."""

@@ -1,0 +1,175 @@
+"""Watching one step of a sampling run: counting its steps, and what linear layers are fed in the chosen one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from .linear import QuantLinear
+
+ROWS_PER_CHUNK = 8192  # rows widened to fp32 at a time, so that a moment needs no fp32 copy of a whole 16-bit input
+
+
+class _StopRun(BaseException):
+    """Ends a sampling run from inside the model; no Exception, so that a pipeline's handlers let it pass."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Name to layer, of every ``nn.Linear`` in ``model`` that is not quantized yet."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
+    }
+
+
+def count_calls(model: nn.Module, run: Callable[[], Any]) -> int:
+    """How often ``run()`` calls ``model``, at the cost of one forward pass.
+
+    The model runs at its first call; later calls get that output again. It runs anew only when the inputs' shapes are
+    new, so that the outputs always fit the sampler's arithmetic.
+    """
+    calls = 0
+    outputs: dict[Any, Any] = {}
+    forward = model.forward
+    overridden = vars(model).get("forward")  # offloading libraries put a forward of their own on the instance
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        key = (str(structure), shapes)
+        if key not in outputs:
+            outputs[key] = forward(*args, **kwargs)
+        return outputs[key]
+
+    model.forward = replay
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        if overridden is None:
+            del model.forward
+        else:
+            model.forward = overridden
+    return calls
+
+
+def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: int, observer: Observer) -> int:
+    """Run until ``observer`` has seen ``count`` calls of ``model``, from call ``first`` on; how many were made.
+
+    Raises:
+        ValueError: for activations that are not finite, naming the layer.
+    """
+    calls = 0
+    failure: Exception | None = None
+
+    def begin(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def end(*_: Any) -> None:
+        if calls == first + count:
+            raise _StopRun
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal failure
+            if not first < calls <= first + count:
+                return
+            try:
+                # Not in the run's own inference mode: what is kept must be ordinary tensors.
+                with torch.inference_mode(False), torch.no_grad():
+                    observer.see(name, args[0] if args else kwargs["input"])
+            except Exception as error:
+                failure = error
+                raise _StopRun from None
+
+        return see
+
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(begin).remove)
+        for name, layer in linear_layers(model).items():
+            hooks.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(end).remove)
+        # Compiled code would be traced again with the hooks in it; one step is quicker without.
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        with suppress(_StopRun):
+            run()
+    if failure is not None:
+        raise failure
+    return calls
+
+
+class Observer:
+    """Collects what layers are fed: largest magnitudes, tokens and, for those in ``moment_names``, second moments."""
+
+    def __init__(self, percentile: float | None, moment_names: Collection[str]) -> None:
+        self.percentile = percentile
+        self.moment_names = frozenset(moment_names)
+        self.amax: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.moments: dict[str, torch.Tensor] = {}
+        self._input: torch.Tensor | None = None
+        self._contribution: torch.Tensor | None = None
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """Record ``x`` [..., K], one input of the layer ``name``."""
+        if x.numel() == 0:
+            return
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"the input of {name} holds NaN or infinite values in the observed step; "
+                "calibrate in a wider dtype (bfloat16 or float32) or on another step"
+            )
+        self.amax[name] = max(self.amax.get(name, 0.0), largest_magnitude(x, self.percentile))
+        self.tokens[name] = self.tokens.get(name, 0) + x.numel() // x.shape[-1]
+        if name in self.moment_names:
+            self._add_moment(name, x)
+
+    def _add_moment(self, name: str, x: torch.Tensor) -> None:
+        # Layers side by side (to_q, to_k, to_v) are fed the same values: one product and one tensor serve all of them.
+        # Values are compared, not identities: an input may be changed in place between two layers, and under inference
+        # mode tensors count no versions.
+        if self._input is None or not _same_values(self._input, x):
+            self._input = x.clone()
+            self._contribution = second_moment(x).cpu()
+            self._sums = {}
+        before = self.moments.get(name)
+        if before is None:
+            self.moments[name] = self._contribution
+        else:
+            if id(before) not in self._sums:
+                # Holding ``before`` keeps its id its own.
+                self._sums[id(before)] = (before, before + self._contribution)
+            self.moments[name] = self._sums[id(before)][1]
+
+
+def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+
+def largest_magnitude(x: torch.Tensor, percentile: float | None = None) -> float:
+    """``max |x|``, or the magnitude that ``percentile`` per cent of the elements do not exceed (nearest rank)."""
+    if percentile is None:
+        return float(x.abs().amax())
+    magnitudes = x.abs().flatten().to(torch.float32)
+    rank = min(max(math.ceil(percentile / 100 * magnitudes.numel()), 1), magnitudes.numel())
+    return float(magnitudes.kthvalue(rank).values)  # torch.quantile refuses more than 2**24 elements
+
+
+def second_moment(x: torch.Tensor) -> torch.Tensor:
+    """fp32 [K, K] on ``x``'s device: the sum of ``x x^T`` over the rows of ``x`` [..., K]."""
+    rows = x.reshape(-1, x.shape[-1])
+    total = torch.zeros((rows.shape[1], rows.shape[1]), dtype=torch.float32, device=x.device)
+    for chunk in rows.split(ROWS_PER_CHUNK):
+        chunk = chunk.to(torch.float32)
+        total.addmm_(chunk.T, chunk)  # in place: a product that the run's autocast does not turn into a 16-bit one
+    return total

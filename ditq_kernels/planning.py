@@ -1,0 +1,227 @@
+"""Plans: what becomes of each linear layer of a model, and why. A plan is a value; nothing here touches a weight."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from .formats import Scheme
+from .observation import linear_layers
+from .packing import LAYOUTS
+from .plan_table import plan_table
+from .recipes import recipe_for
+
+BY_HAND = "set by hand"
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One linear layer of a plan.
+
+    Attributes:
+        name: of the module in the model.
+        scheme: the name of its scheme, or None: it stays in 16 bits.
+        reason: why.
+        in_features, out_features: K and N.
+        fixed: whether no scheme can be given to it; ``reason`` then says what stands against it.
+    """
+
+    name: str
+    scheme: str | None
+    reason: str
+    in_features: int
+    out_features: int
+    fixed: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the weight takes once converted, scales and group parameters included; 16 each where it is kept."""
+        if self.scheme is None:
+            return 16 * self.weights
+        fmt = Scheme.parse(self.scheme).weight
+        layout = LAYOUTS[fmt.layout]
+        stored = layout.columns(self.in_features) * self.out_features * layout.dtype.itemsize
+        stored += 4 * prod(fmt.scale_shape(self.out_features, self.in_features))
+        if fmt.two_level:
+            stored += fmt.group_count(self.in_features) * self.out_features
+        return 8 * stored
+
+
+class Plan:
+    """Which scheme each linear layer of a model gets; print it, edit it, store it.
+
+    ``plan[name]`` is a :class:`PlanEntry`; ``plan[name] = "w8a8"`` or ``= None`` changes one layer, :meth:`set` those
+    that a pattern matches.
+    """
+
+    def __init__(self, model: str, scheme: str, entries: Iterable[PlanEntry]) -> None:
+        self.model = model
+        self.scheme = scheme
+        self._entries = {entry.name: entry for entry in entries}
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # a plan can be edited
+
+    def __getitem__(self, name: str) -> PlanEntry:
+        """Raises KeyError with the nearest names if the plan has no such layer."""
+        if name not in self._entries:
+            raise KeyError(f"the plan has no layer {name!r}{self._nearest(name)}")
+        return self._entries[name]
+
+    def __setitem__(self, name: str, scheme: str | Scheme | None) -> None:
+        """Raises as :meth:`set` does, and KeyError with the nearest names if the plan has no such layer."""
+        self._change([self[name]], scheme, BY_HAND)
+
+    def set(self, pattern: str, scheme: str | Scheme | None, reason: str = BY_HAND) -> int:
+        """Give ``scheme`` (None: keep in 16 bits) to every layer whose name matches the fnmatch ``pattern``; how many.
+
+        Raises:
+            ValueError: if nothing matches (with the nearest names), or the scheme is unknown or impossible for one of
+                the layers; nothing is changed then.
+        """
+        matched = [entry for entry in self if fnmatchcase(entry.name, pattern)]
+        if not matched:
+            raise ValueError(f"no layer of the plan matches {pattern!r}{self._nearest(pattern)}")
+        self._change(matched, scheme, reason)
+        return len(matched)
+
+    def quantized(self) -> list[PlanEntry]:
+        """The entries that have a scheme."""
+        return [entry for entry in self if entry.scheme is not None]
+
+    def _change(self, entries: list[PlanEntry], scheme: str | Scheme | None, reason: str) -> None:
+        parsed = None if scheme is None else Scheme.parse(scheme)
+        for entry in entries:
+            if parsed is not None and entry.fixed:
+                raise ValueError(f"{entry.name} cannot be quantized: {entry.reason}")
+            if parsed is not None and _too_narrow(entry.in_features, parsed):
+                raise ValueError(f"{entry.name} cannot take {parsed}: {_narrow_reason(entry.in_features, parsed)}")
+        for entry in entries:
+            changed = entry if parsed is None and entry.fixed else replace(entry, scheme=_name(parsed), reason=reason)
+            self._entries[entry.name] = changed
+
+    def _nearest(self, name: str) -> str:
+        nearest = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.3)
+        return f"; nearest: {', '.join(nearest)}" if nearest else ""
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.scheme} for {self.model}: {len(self.quantized())} of {len(self)} linear layers quantized>"
+
+    def table(self, every_layer: bool = False) -> str:
+        """The plan as text, the total last; like layers in one line (``blocks.{0-27}.to_q``) unless ``every_layer``."""
+        lines = plan_table(list(self), every_layer)
+        return "\n".join([f"{self.model}, {self.scheme}", *lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line: layers, the share of weights quantized, and bits per weight over all linear layers."""
+        weights = sum(entry.weights for entry in self)
+        share = sum(entry.weights for entry in self.quantized()) / max(weights, 1)
+        bits = sum(entry.stored_bits for entry in self) / max(weights, 1)
+        return (
+            f"{len(self.quantized())} of {len(self)} linear layers and {share:.1%} of their {weights:,} weights "
+            f"quantized: {bits:.2f} bits per weight over all of them"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and the like; :meth:`from_dict` is the inverse."""
+        return {"model": self.model, "scheme": self.scheme, "entries": [asdict(entry) for entry in self]}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Plan:
+        """Raises ValueError if ``record`` is not what :meth:`to_dict` made, or names an unknown scheme."""
+        try:
+            plan = cls(record["model"], record["scheme"], [PlanEntry(**entry) for entry in record["entries"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a stored plan: {error}") from None
+        for scheme in {plan.scheme, *(entry.scheme for entry in plan.quantized())}:
+            Scheme.parse(scheme)
+        return plan
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of :meth:`to_json`; ValueError if ``text`` is no plan."""
+        return cls.from_dict(json.loads(text))
+
+
+def plan(model: nn.Module, scheme: str | Scheme) -> Plan:
+    """What :func:`ditq_kernels.conversion.quantize` would do to ``model``, by its class's recipe or the general one.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: for an unknown scheme, or a model that has no linear layer left to quantize.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a linear layer, which has no parent to be replaced in; use QuantLinear.from_linear"
+        )
+    scheme = Scheme.parse(scheme)
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no unquantized linear layer")
+    recipe = recipe_for(model)
+    entries = []
+    for name, layer in layers.items():
+        rule = recipe.rule_for(name)
+        wanted = {"keep": None, "weight_only": scheme.weight_only, "scheme": scheme}[rule.treatment]
+        reason, obstacle = rule.reason, obstacle_to(layer)
+        if obstacle:
+            wanted, reason = None, obstacle
+        elif wanted is not None and _too_narrow(layer.in_features, wanted):
+            wanted, reason = None, _narrow_reason(layer.in_features, scheme)
+        entries.append(
+            PlanEntry(name, _name(wanted), reason, layer.in_features, layer.out_features, fixed=bool(obstacle))
+        )
+    return Plan(type(model).__name__, scheme.name, entries)
+
+
+def obstacle_to(layer: nn.Module) -> str | None:
+    """Why ``layer`` cannot be replaced by a QuantLinear, or None."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "part of nn.MultiheadAttention, which reads its weight and never calls it"
+    plain = type(layer).forward is nn.Linear.forward and "weight" in getattr(layer, "_parameters", {})
+    if not plain:
+        return f"a {type(layer).__name__}, whose forward or weight is not that of nn.Linear"
+    return None
+
+
+def _name(scheme: Scheme | None) -> str | None:
+    return None if scheme is None else scheme.name
+
+
+def _too_narrow(in_features: int, scheme: Scheme) -> bool:
+    return scheme.weight.group is not None and scheme.weight.group > in_features
+
+
+def _narrow_reason(in_features: int, scheme: Scheme) -> str:
+    return f"K = {in_features} is smaller than a group of {scheme.weight.group}"

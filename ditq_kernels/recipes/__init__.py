@@ -1,0 +1,21 @@
+"""Which layers of which architecture are quantized, which stay in 16 bits, and why: one data file per architecture."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .dit import DIT
+from .general import general_recipe
+from .rule import Recipe, Rule, Treatment
+
+RECIPES: dict[str, Recipe] = {recipe.architecture: recipe for recipe in (DIT,)}
+
+__all__ = ["RECIPES", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
+
+
+def recipe_for(model: nn.Module) -> Recipe:
+    """The recipe of ``model``'s class or of the nearest base class that has one, else the general one."""
+    for base in type(model).__mro__:
+        if base.__name__ in RECIPES:
+            return RECIPES[base.__name__]
+    return general_recipe(model)
