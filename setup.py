@@ -1,4 +1,5 @@
-"""Everything about the package stands in pyproject.toml; this file is where the CUDA extension below csrc/ is built from once there is one.
+"""Everything about the package stands in pyproject.toml; this file is where the CUDA extension below csrc/ is built
+from once there is one.
 
 The pure Python package installs everywhere, with or without a CUDA compiler.
 """

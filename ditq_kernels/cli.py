@@ -35,7 +35,9 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _calibrate(source, args: argparse.Namespace, scheme):
-    """The calibration that ``args`` need, or None: static schemes and compensated rounding are the ones that need it."""
+    """The calibration that ``args`` need, or None: static schemes and compensated rounding are the ones that need
+    it.
+    """
     if not scheme.static and args.rounding != "compensated":
         return None
     from .calibration import calibrate

@@ -1,11 +1,13 @@
 """What a number format is: frozen values in literal tables, and nothing that computes on tensors.
 
-A 4-bit grouped weight is a compressed int8 weight. Per output channel there is one fp32 scale; per group of inputs one byte that holds a multiplier
+A 4-bit grouped weight is a compressed int8 weight. Per output channel there is one fp32 scale; per group of inputs one
+byte that holds a multiplier
 ``m`` in 1..16 and a zero point ``z`` in 0..15; per weight a code ``u`` in 0..15:
 
     w[n, k] = scale[n] * m[k // G, n] * (u[n, k] - z[k // G, n])
 
-The integer ``m * (u - z)`` always fits int8, because every format keeps ``(15 - z) * m <= 127`` and ``z * m <= 128`` (:func:`largest_multiplier`).
+The integer ``m * (u - z)`` always fits int8, because every format keeps ``(15 - z) * m <= 127`` and ``z * m <= 128``
+(:func:`largest_multiplier`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ MULTIPLIER_MAX = 16
 
 
 def largest_multiplier(zero_point: int) -> int:
-    """The largest ``m`` for which every ``m * (u - zero_point)``, ``u`` in 0..15, lies in -128..127 and ``m`` fits its nibble."""
+    """The largest ``m`` for which every ``m * (u - zero_point)``, ``u`` in 0..15, lies in -128..127 and ``m`` fits its
+    nibble.
+    """
     above = INT8_MAX // (CODE4_MAX - zero_point) if zero_point < CODE4_MAX else MULTIPLIER_MAX
     below = (INT8_MAX + 1) // zero_point if zero_point > 0 else MULTIPLIER_MAX
     return min(MULTIPLIER_MAX, above, below)
@@ -34,7 +38,8 @@ class WeightFormat:
     Attributes:
         bits: bits of a code, 8 or 4.
         group: inputs that share one group parameter, or None for one group per output channel.
-        scaling: "float": fp32 scales, one per group; "two_level": one fp32 scale per channel and one byte (multiplier, zero point) per group.
+        scaling: "float": fp32 scales, one per group; "two_level": one fp32 scale per channel and one byte (multiplier,
+            zero point) per group.
         layout: the name of the codes' layout in :data:`ditq_kernels.packing.LAYOUTS`.
     """
 
@@ -50,7 +55,9 @@ class WeightFormat:
 
     @property
     def promoted(self) -> bool:
-        """Whether partial sums are scaled group by group in fp32, so that one integer accumulator cannot span all of K."""
+        """Whether partial sums are scaled group by group in fp32, so that one integer accumulator cannot span all of
+        K.
+        """
         return self.scaling == "float" and self.group is not None
 
     @property
@@ -115,8 +122,9 @@ class Scheme:
             return SCHEMES[name]
         groups = ", ".join(str(group) for group in sorted(GROUP_SIZES))
         raise ValueError(
-            f"unknown scheme {name!r}: a scheme reads w<bits>a<bits>[_g<group>][_static] with weight bits 8 or 4, activation bits 8 or 16, "
-            f"groups of {groups} (none: one scale per output channel), and _static only with 8-bit activations; for example {', '.join(RECOMMENDED)}"
+            f"unknown scheme {name!r}: a scheme reads w<bits>a<bits>[_g<group>][_static] with weight bits 8 or 4, "
+            f"activation bits 8 or 16, groups of {groups} (none: one scale per output channel), and _static only with "
+            f"8-bit activations; for example {', '.join(RECOMMENDED)}"
         )
 
 

@@ -19,7 +19,8 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class QuantLinear(nn.Linear):
-    """``nn.Linear`` on a packed weight; made by :meth:`from_linear`, or empty (to load a checkpoint into) by :meth:`empty`.
+    """``nn.Linear`` on a packed weight; made by :meth:`from_linear`, or empty (to load a checkpoint into) by
+    :meth:`empty`.
 
     Parameters, none of them trainable but the bias:
         qweight: the codes, in the layout of ``scheme.weight``.
@@ -45,7 +46,9 @@ class QuantLinear(nn.Linear):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> QuantLinear:
-        """A layer with the right shapes and uninitialised values; ``dtype`` is the bias's and that of :attr:`weight`."""
+        """A layer with the right shapes and uninitialised values; ``dtype`` is the bias's and that of
+        :attr:`weight`.
+        """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.scheme = Scheme.parse(scheme)
@@ -101,9 +104,8 @@ class QuantLinear(nn.Linear):
         )
         if scheme.static:
             if input_amax is None:
-                raise ValueError(
-                    f"{scheme} needs a calibrated input_amax: run ditq.calibrate first, or use {scheme.name.removesuffix('_static')}"
-                )
+                dynamic = scheme.name.removesuffix("_static")
+                raise ValueError(f"{scheme} needs a calibrated input_amax: run ditq.calibrate first, or use {dynamic}")
             amax = torch.as_tensor(input_amax, dtype=torch.float32).reshape(1)
             if not (bool(torch.isfinite(amax)) and amax > 0):
                 raise ValueError(f"input_amax must be finite and positive, got {amax.item()}")
@@ -148,7 +150,9 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K] in the layer's dtype, computed anew at each access, for code that reads weights; writing to it changes nothing in the layer."""
+        """[N, K] in the layer's dtype, computed anew at each access, for code that reads weights; writing to it changes
+        nothing in the layer.
+        """
         return self.dequantized_weight().to(self.dtype)
 
     @property
@@ -163,7 +167,10 @@ class QuantLinear(nn.Linear):
         return 8 * self.nbytes / (self.in_features * self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}"
+        )
 
     def reset_parameters(self) -> None:
         raise TypeError("a QuantLinear has no weights to initialise; load a checkpoint, or make it from a linear layer")

@@ -1,6 +1,7 @@
 """Op contracts, dispatch to a backend, and differentiable functions outside the ops.
 
-Each op is declared once with ``torch.library`` (schema and fake). Its implementation picks the backend at run time, so that graphs captured by
+Each op is declared once with ``torch.library`` (schema and fake). Its implementation picks the backend at run time, so
+that graphs captured by
 ``torch.compile`` do not depend on it. Differentiation stands outside, in ``torch.autograd.Function``.
 """
 
@@ -65,11 +66,15 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
         return None
     if device_type == "cpu" and interpreting():
         return None
-    return f"triton kernels need CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before they are first used, and these are {device_type}; use reference"
+    return (
+        "triton kernels need CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before they are first used, "
+        f"and these are {device_type}; use reference"
+    )
 
 
 def selected_backend(device_type: str) -> str:
-    """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA tensors and reference for others.
+    """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA
+    tensors and reference for others.
 
     Raises:
         UnsupportedError: if the backend asked for cannot serve the device.
@@ -93,17 +98,14 @@ def _backend(device: torch.device) -> ModuleType:
     return reference
 
 
+_WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_code"
 _library = torch.library.Library("ditq", "DEF")
 _library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)")
 _library.define(
-    "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
+    f"linear_a8(Tensor qx, Tensor sx, {_WEIGHT}, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
 )
-_library.define(
-    "linear_a16(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, str weight_format) -> Tensor"
-)
-_library.define(
-    "grad_input(Tensor grad, Tensor qweight, Tensor scale, Tensor? group_code, str weight_format, int in_features) -> Tensor"
-)
+_library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_format) -> Tensor")
+_library.define(f"grad_input(Tensor grad, {_WEIGHT}, str weight_format, int in_features) -> Tensor")
 
 
 def _check_weight(
@@ -114,7 +116,9 @@ def _check_weight(
     group_code: torch.Tensor | None,
     weight_format: str,
 ) -> WeightFormat:
-    """The format of a stored weight whose parts fit each other, the input's width and its device; ValueError otherwise."""
+    """The format of a stored weight whose parts fit each other, the input's width and its device; ValueError
+    otherwise.
+    """
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
     fmt = WEIGHT_FORMATS[weight_format]
@@ -147,7 +151,8 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     fmt = _check_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
     if out_dtype == torch.int32 and fmt.promoted:
         raise UnsupportedError(
-            f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; ask for a floating-point dtype"
+            f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
+            "ask for a floating-point dtype"
         )
     return _backend(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
 
@@ -255,8 +260,9 @@ def quantized_linear(
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K], any float dtype, to int8 codes [M, K] and fp32 scales [M], one row per token.
 
-    Per token, ``amax = max |x|`` in fp32, ``code = rint(x * (127 / amax))`` with ties to even, ``scale = amax / 127``. A calibrated ``amax``
-    (fp32 [1]) takes the place of the row's; codes then saturate. A row with NaN or an infinity gets the scale NaN.
+    Per token, ``amax = max |x|`` in fp32, ``code = rint(x * (127 / amax))`` with ties to even, ``scale = amax / 127``.
+    A calibrated ``amax`` (fp32 [1]) takes the place of the row's; codes then saturate. A row with NaN or an infinity
+    gets the scale NaN.
 
     Raises:
         TypeError: if ``x`` is not floating-point.

@@ -1,9 +1,10 @@
 """Codes and stored bytes, in both directions: the executable specification of each layout.
 
 ``int8``            int8 ``[N, K]``, row-major.
-``int4_planar128``  uint8 ``[N, ceil(K / 128) * 64]``, planar in blocks of 128 along K: byte ``j`` of a block holds code ``j`` in its low and code ``j + 64`` in its
-                    high nibble, so that a kernel decodes two contiguous half-blocks and multiplies each by a contiguous half of the activations.
-                    Codes past K are 0; they meet activations that are masked to 0.
+``int4_planar128``  uint8 ``[N, ceil(K / 128) * 64]``, planar in blocks of 128 along K: byte ``j`` of a block holds code
+                    ``j`` in its low and code ``j + 64`` in its high nibble, so that a kernel decodes two contiguous
+                    half-blocks and multiplies each by a contiguous half of the activations. Codes past K are 0; they
+                    meet activations that are masked to 0.
 group bytes         uint8 ``[ceil(K / G), N]``: ``m - 1`` in the high, ``z`` in the low nibble.
 """
 

@@ -1,6 +1,8 @@
-"""Float weights to codes, group parameters and scales: group-wise, to nearest or with one-shot error compensation, without training.
+"""Float weights to codes, group parameters and scales: group-wise, to nearest or with one-shot error compensation,
+without training.
 
-First a :class:`Grid` is fitted to the weights (which values can be stored in each group), then the weights are rounded to it.
+First a :class:`Grid` is fitted to the weights (which values can be stored in each group), then the weights are rounded
+to it.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def _squared_error(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor,
 def _fit_ranges(
     groups: torch.Tensor, rules: tuple[RangeRule, ...], clip: float | str | None, low: int, high: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(step, zero), each [N, groups]: of all rules and clip ratios the one with the smallest squared error; the first of equals."""
+    """(step, zero), each [N, groups]: of all rules and clip ratios the one with the smallest squared error; the first
+    of equals.
+    """
     above, below = groups.amax(-1).clamp(min=0), (-groups.amin(-1)).clamp(min=0)
     ratios = CLIP_RATIOS if clip == "search" else (1.0 if clip is None else float(clip),)
     candidates = [rule(above * ratio, below * ratio) for ratio in ratios for rule in rules]
@@ -126,9 +130,11 @@ def _symmetric_int8(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Ten
 
 
 def _two_level(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale [N], multiplier [N, groups]): the channel scale that lets every group reach its step, and per group the multiplier that suits it.
+    """(scale [N], multiplier [N, groups]): the channel scale that lets every group reach its step, and per group the
+    multiplier that suits it.
 
-    A step between two multiples of the scale is rounded up (no weight is clipped) or down (finer steps, the extremes clipped), by squared error.
+    A step between two multiples of the scale is rounded up (no weight is clipped) or down (finer steps, the extremes
+    clipped), by squared error.
     """
     limits = torch.tensor([float(largest_multiplier(z)) for z in range(CODE4_MAX + 1)], device=step.device)[zero.long()]
     scale = (step / limits).amax(1)
@@ -147,8 +153,9 @@ def _split_groups(w: torch.Tensor, group: int) -> torch.Tensor:
 def _compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] rounded column by column, each column's error carried over to the columns not yet rounded.
 
-    The closed form of the optimal brain surgeon (Hassibi and Stork, 1993) for the layer's squared output error, in the order and with the Cholesky
-    factors of GPTQ (Frantar et al., arXiv 2210.17323): columns in descending order of their input's energy, the grid fitted beforehand.
+    The closed form of the optimal brain surgeon (Hassibi and Stork, 1993) for the layer's squared output error, in the
+    order and with the Cholesky factors of GPTQ (Frantar et al., arXiv 2210.17323): columns in descending order of their
+    input's energy, the grid fitted beforehand.
     """
     in_features = w.shape[1]
     hessian = moment.to(device=w.device, dtype=torch.float64).clone()
@@ -174,7 +181,9 @@ def _compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> tor
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of ``hessian`` (fp64 [K, K]); the damping grows tenfold until the matrix can be factored."""
+    """Upper Cholesky factor of the inverse of ``hessian`` (fp64 [K, K]); the damping grows tenfold until the matrix can
+    be factored.
+    """
     damping = DAMPING * hessian.diagonal().mean()
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     for _ in range(8):
@@ -185,7 +194,7 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
                 return upper
         damping = damping * 10
     raise ValueError(
-        "input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T of finite inputs"
+        "input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T"
     )
 
 
@@ -198,7 +207,8 @@ def _check(
         raise ValueError("the weight holds NaN or infinite values; nothing was quantized")
     if fmt.group is not None and fmt.group > w.shape[1]:
         raise ValueError(
-            f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per output channel)"
+            f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per "
+            "output channel)"
         )
     if not (clip is None or clip == "search" or (isinstance(clip, (int, float)) and 0 < clip <= 1)):
         raise ValueError(f'clip must be None, "search", or a ratio in (0, 1], got {clip!r}')
@@ -223,8 +233,10 @@ def quantize_weight(
     """Quantize ``weight`` [N, K], any float dtype, to ``fmt``.
 
     Args:
-        input_moment: [K, K], the sum of ``x x^T`` over observed inputs; if given, rounding is error-compensated, else to nearest.
-        clip: None keeps each group's whole range; a ratio in (0, 1] shrinks it; "search" finds the ratio of least squared error per group.
+        input_moment: [K, K], the sum of ``x x^T`` over observed inputs; if given, rounding is error-compensated, else
+            to nearest.
+        clip: None keeps each group's whole range; a ratio in (0, 1] shrinks it; "search" finds the ratio of least
+            squared error per group.
         zero_point: how 4-bit groups place their levels, a key of :data:`ZERO_POINT_RULES`.
 
     Raises:

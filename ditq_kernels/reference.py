@@ -1,7 +1,8 @@
 """What every op means, in plain PyTorch. It is also the implementation for CPU tensors.
 
-Numerics (the same on every backend): activation codes are ``rint(x * (127 / amax))``, ties to even, with IEEE division; int32 accumulators are exact; then,
-in fp32 and in this order, ``acc * sx * scale + bias``, and one rounding to the output dtype.
+Numerics (the same on every backend): activation codes are ``rint(x * (127 / amax))``, ties to even, with IEEE division;
+int32 accumulators are exact; then, in fp32 and in this order, ``acc * sx * scale + bias``, and one rounding to the
+output dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from .formats import INT8_MAX, WeightFormat
 from .packing import LAYOUTS, unpack_groups
 
-# Rows that reach no further than this are quantized as if they did: 127 / amax stays finite, and a row of zeros needs no case of its own.
+# Rows that reach no further than this are quantized as if they did: 127 / amax stays finite, and a row of zeros needs
+# no case of its own.
 SMALLEST_AMAX = 2.0**-100
 # A product of int8 codes over at most this many inputs stays below 2**24, so that fp32 holds every partial sum exactly.
 EXACT_FP32_INPUTS = 1024
@@ -23,14 +25,15 @@ EXACT_FP32_INPUTS = 1024
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [M, K] to int8 codes [M, K] and fp32 scales [M].
 
-    ``amax``, fp32 [1], is the calibrated largest magnitude of the whole tensor, beyond which codes saturate; None finds one per row.
-    A row that holds NaN or an infinity gets codes 0 and the scale NaN, so that its output row is NaN.
+    ``amax``, fp32 [1], is the calibrated largest magnitude of the whole tensor, beyond which codes saturate; None finds
+    one per row. A row that holds NaN or an infinity gets codes 0 and the scale NaN, so that its output row is NaN.
     """
     x = x.to(torch.float32)
     row_amax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     finite = torch.isfinite(row_amax)
     reach = (row_amax if amax is None else amax.expand_as(row_amax)).clamp(min=SMALLEST_AMAX)
-    # Division by or of a Python number may become a product with a rounded reciprocal; of two tensors it is IEEE division.
+    # Division by or of a Python number may become a product with a rounded reciprocal; of two tensors it is IEEE
+    # division.
     largest = torch.full_like(reach, INT8_MAX)
     codes = torch.round(x * (largest / reach).unsqueeze(1)).clamp(-INT8_MAX, INT8_MAX)
     codes = torch.where(finite.unsqueeze(1), codes, 0.0)
@@ -39,7 +42,9 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
 
 def decode(qweight: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int) -> torch.Tensor:
-    """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level formats."""
+    """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level
+    formats.
+    """
     codes = LAYOUTS[fmt.layout].unpack(qweight, in_features)
     if not fmt.two_level:
         return codes
@@ -64,7 +69,9 @@ def dequantize(
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    """Whether this machine's int8 product does not saturate on the way (some instruction sets add pairs of products in 16 bits)."""
+    """Whether this machine's int8 product does not saturate on the way (some instruction sets add pairs of products in
+    16 bits).
+    """
     x = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
     w = torch.full((16, 64), -INT8_MAX - 1, dtype=torch.int8)
     try:

@@ -1,4 +1,6 @@
-"""Without a CUDA GPU the kernels run in Triton's interpreter; that has to be settled before Triton defines the first of them."""
+"""Without a CUDA GPU the kernels run in Triton's interpreter; that has to be settled before Triton defines the first of
+them.
+"""
 
 import os
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# (M, N, K): one token to many, on both sides of the small-M path and of every tile; N and K ragged, K not a multiple of 128, 64 or 32.
+# (M, N, K): one token to many, on both sides of the small-M path and of every tile; N and K ragged, K not a multiple of
+# 128, 64 or 32.
 SHAPES = (
     (1, 64, 128),
     (2, 96, 200),
@@ -20,7 +21,9 @@ SHAPES = (
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Signed [rows, columns] with outlier channels and, where there is room, a row of zeros; rows are strided, as slices of a wider tensor are."""
+    """Signed [rows, columns] with outlier channels and, where there is room, a row of zeros; rows are strided, as
+    slices of a wider tensor are.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns + 16, generator=generator)
     x[:, ::37] *= 20

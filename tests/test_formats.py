@@ -40,7 +40,7 @@ def test_multipliers_reach_exactly_as_far_as_int8_allows():
 
         def fits(multiplier, zero_point=zero_point):
             products = [multiplier * (code - zero_point) for code in range(CODE4_MAX + 1)]
-            return multiplier <= MULTIPLIER_MAX and -128 <= min(products) and max(products) <= 127
+            return multiplier <= MULTIPLIER_MAX and min(products) >= -128 and max(products) <= 127
 
         limit = largest_multiplier(zero_point)
         assert fits(limit) and not fits(limit + 1)

@@ -149,7 +149,9 @@ def test_the_same_input_gives_the_same_bits(name, device):
 
 
 def test_the_arithmetic_of_the_assembly_decoder():
-    """Four codes in one word, decoded by one multiply-add and one XOR, for every code, zero point and multiplier that a format may hold."""
+    """Four codes in one word, decoded by one multiply-add and one XOR, for every code, zero point and multiplier that a
+    format may hold.
+    """
     for zero_point in range(CODE4_MAX + 1):
         for multiplier in range(1, largest_multiplier(zero_point) + 1):
             for code in range(CODE4_MAX + 1):

@@ -61,7 +61,8 @@ def test_rounding_is_to_the_nearest_stored_value(fmt):
             levels = torch.arange(-127, 128) * scale.unsqueeze(1)
         w = weight[:, columns]
         best = (w.unsqueeze(-1) - levels.unsqueeze(1)).abs().amin(-1)
-        # Codes at the middle between two values may fall to either; beyond that only fp32 rounding of the quotient is allowed.
+        # Codes at the middle between two values may fall to either; beyond that only fp32 rounding of the quotient is
+        # allowed.
         slack = torch.finfo(torch.float32).eps * levels.abs().amax()
         assert ((w - actual[:, columns]).abs() <= best + slack).all()
 
@@ -71,7 +72,8 @@ def test_stored_values_quantize_to_themselves(fmt):
     weight = dequantized(quantize_weight(linear(16, 256, CPU).weight, fmt), fmt, 256)
     again = dequantized(quantize_weight(weight, fmt), fmt, 256)
     if fmt.two_level:
-        # The scale may be chosen anew (a coarser group cannot become finer), so only the error is bounded: by half a step.
+        # The scale may be chosen anew (a coarser group cannot become finer), so only the error is bounded: by half a
+        # step.
         step = weight.abs().amax(1, keepdim=True) / 7
         assert ((again - weight).abs() <= step / 2).all()
     else:

@@ -1,6 +1,8 @@
-"""Fashion-MNIST (Xiao et al., arXiv 1708.07747; MIT licence) as tensors: the pictures that the embedded model is trained on.
+"""Fashion-MNIST (Xiao et al., arXiv 1708.07747; MIT licence) as tensors: the pictures that the embedded model is
+trained on.
 
-The files are the four gzipped IDX archives of the original release, as Debian's package ``dataset-fashion-mnist`` installs them.
+The files are the four gzipped IDX archives of the original release, as Debian's package ``dataset-fashion-mnist``
+installs them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def read_idx(path: Path) -> np.ndarray:
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; install Debian's package dataset-fashion-mnist, or pass the directory that holds the four *-ubyte.gz files"
+            f"{path} does not exist; install Debian's package dataset-fashion-mnist, or pass the directory that holds "
+            "the four *-ubyte.gz files"
         )
     data = gzip.decompress(path.read_bytes())
     zero, kind, ndim = struct.unpack_from(">HBB", data)

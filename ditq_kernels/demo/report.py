@@ -142,8 +142,9 @@ def _page(
     lines = [
         "# Quantizing the embedded diffusion transformer",
         "",
-        f"{len(settings.labels)} pictures per row, the same classes and seeds in each, {settings.steps} DDIM steps, guidance {settings.guidance:g}.",
-        f"Activations and moments were calibrated from one sampling step ({steps}). The quantized layers ran on {meaning}, on {machine['device']}.",
+        f"{len(settings.labels)} pictures per row, the same classes and seeds in each, {settings.steps} DDIM steps, "
+        f"guidance {settings.guidance:g}. Activations and moments were calibrated from one sampling step ({steps}).",
+        f"The quantized layers ran on {meaning}, on {machine['device']}.",
         "",
         "![samples](samples.png)",
         "",
@@ -156,7 +157,8 @@ def _page(
             f"For scale: the original's own pictures of one class and different seeds are {floor:.1f} dB apart."
         )
     lines += [
-        "Bits per weight and weights MB count the quantized layers with their scales; model MB counts everything, unquantized layers in fp32 here.",
+        "Bits per weight and weights MB count the quantized layers with their scales; model MB counts everything, "
+        "unquantized layers in fp32 here.",
         "Seconds are this machine's, for the whole batch, and say nothing about a GPU.",
         "",
         ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),

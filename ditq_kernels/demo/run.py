@@ -1,4 +1,6 @@
-"""The main job on the embedded model: calibrate from one step, quantize by every scheme, draw the same pictures, compare."""
+"""The main job on the embedded model: calibrate from one step, quantize by every scheme, draw the same pictures,
+compare.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ class Result:
 
 
 def variants() -> Iterator[Variant]:
-    """The original, the original in bf16, every recommended scheme, and the 4-bit ones once more with compensated rounding."""
+    """The original, the original in bf16, every recommended scheme, and the 4-bit ones once more with compensated
+    rounding.
+    """
     yield Variant(ORIGINAL)
     yield Variant("bfloat16", dtype=torch.bfloat16)
     for name in RECOMMENDED:

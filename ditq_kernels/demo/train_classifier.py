@@ -31,7 +31,9 @@ def augment(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(out: Path, data: Path, epochs: int, seed: int) -> float:
-    """Train for ``epochs`` epochs, write weights (fp16) and ``training.json`` to ``out``, and return the test accuracy."""
+    """Train for ``epochs`` epochs, write weights (fp16) and ``training.json`` to ``out``, and return the test
+    accuracy.
+    """
     pictures, labels = fashion_mnist.load("train", data)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

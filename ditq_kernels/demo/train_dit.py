@@ -2,9 +2,10 @@
 
     python -m ditq_kernels.demo.train_dit --out out/fashion_dit
 
-Classifier-free guidance is trained by dropping the label of whole samples here, and not by the model's own label dropout: diffusers' DiT embeds the
-label anew in every block and would drop it in each block independently, so that an unconditional sample would almost never be seen.
-Interrupted training continues from the last state in ``--out`` and gives the weights that it would have given without the interruption.
+Classifier-free guidance is trained by dropping the label of whole samples here, and not by the model's own label
+dropout: diffusers' DiT embeds the label anew in every block and would drop it in each block independently, so that an
+unconditional sample would almost never be seen. Interrupted training continues from the last state in ``--out`` and
+gives the weights that it would have given without the interruption.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ STATE_EVERY = 250
 
 
 def build_model(seed: int) -> DiTTransformer2DModel:
-    """The untrained model, its modulation and final projections zero (adaLN-zero, Peebles and Xie, arXiv 2212.09748)."""
+    """The untrained model, its modulation and final projections zero (adaLN-zero, Peebles and Xie, arXiv
+    2212.09748).
+    """
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(**MODEL)
     for linear in [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_1, model.proj_out_2]:
@@ -70,14 +73,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def training_batch(
     step: int, batch: int, seed: int, pictures: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Clean pictures, noise, timesteps and labels of one step; a function of ``seed`` and ``step`` alone, so that training can resume."""
+    """Clean pictures, noise, timesteps and labels of one step; a function of ``seed`` and ``step`` alone, so that
+    training can resume.
+    """
     epoch_steps = len(pictures) // batch
     epoch, position = divmod(step, epoch_steps)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     rows = order[position * batch : (position + 1) * batch]
     generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
     noise = torch.randn(batch, *pictures.shape[1:], generator=generator)
-    # One timestep from each of `batch` equal intervals: the loss varies less from step to step than with independent draws.
+    # One timestep from each of `batch` equal intervals: the loss varies less from step to step than with independent
+    # draws.
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     timesteps = (uniform * SCHEDULE["num_train_timesteps"]).long()
     null_label = MODEL["num_embeds_ada_norm"]
@@ -91,7 +97,9 @@ def save_state(path: Path, **state) -> None:
 
 
 def save_model(model: DiTTransformer2DModel, ema: EMAModel, scheduler: DDIMScheduler, out: Path) -> None:
-    """Write the averaged weights in fp16 with the scheduler's configuration beside them; ``model`` keeps its own weights."""
+    """Write the averaged weights in fp16 with the scheduler's configuration beside them; ``model`` keeps its own
+    weights.
+    """
     averaged = build_model(seed=0)
     ema.copy_to(averaged.parameters())
     averaged.half().save_pretrained(out)

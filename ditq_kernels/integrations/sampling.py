@@ -44,7 +44,8 @@ def sample(
 ) -> torch.Tensor:
     """Sample one picture (or latent) per label and seed, on the model's device and in its dtype.
 
-    Classifier-free guidance runs as one batch of twice the size; with ``guidance == 1`` the unconditional half is left out.
+    Classifier-free guidance runs as one batch of twice the size; with ``guidance == 1`` the unconditional half is left
+    out.
 
     Returns:
         fp32 [B, C, H, W] on the CPU.

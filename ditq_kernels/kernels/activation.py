@@ -36,7 +36,8 @@ def quantize_activation_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + columns
         value = tl.load(x + row * stride_m + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32)
-        # Clamped before rounding: the bounds are integers, so the order does not matter, and the offset trick needs small numbers.
+        # Clamped before rounding: the bounds are integers, so the order does not matter, and the offset trick needs
+        # small numbers.
         scaled = tl.minimum(tl.maximum(value * factor, -127.0), 127.0)
         rounded = (scaled + ROUNDING_OFFSET) - ROUNDING_OFFSET
         tl.store(codes + row * K + k, tl.where(row_is_finite, rounded, 0.0).to(tl.int8), mask=k < K)

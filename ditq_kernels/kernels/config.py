@@ -1,4 +1,5 @@
-"""Which tile a product runs on: one config dataclass, one validity predicate, one heuristic. Pure Python; no Triton, no measurement.
+"""Which tile a product runs on: one config dataclass, one validity predicate, one heuristic. Pure Python; no Triton, no
+measurement.
 
 The tables hold heuristics. None of them was measured on a GPU yet.
 """
@@ -17,7 +18,8 @@ from ..packing import HALF_BLOCK
 MAX_ACTIVATION_BLOCK = 8192  # columns that one program of the activation quantizer holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights and does without matrix instructions
 SMALL_STAGES = 3
-# Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
+# Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
@@ -43,7 +45,9 @@ def columns_per_part(fmt: WeightFormat) -> int:
 
 
 def is_valid(config: TileConfig, activation_bytes: int, fmt: WeightFormat, capability: int) -> bool:
-    """Whether ``config`` fits the shared memory of ``capability`` (10 * major + minor) and keeps its accumulator in registers."""
+    """Whether ``config`` fits the shared memory of ``capability`` (10 * major + minor) and keeps its accumulator in
+    registers.
+    """
     accumulator_registers = config.block_m * config.block_n // (32 * config.num_warps)
     fits = config.shared_bytes(activation_bytes, fmt) <= SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
     # Promotion holds the partial sum beside the total.

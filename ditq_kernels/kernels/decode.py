@@ -1,7 +1,8 @@
 """Device decoders: stored weights to the int8 integers that enter a matrix product.
 
-All products walk K in blocks of 128 and take a block as two halves of 64, the way the 4-bit layout stores them, in parts of ``PART`` columns that lie within
-one group. Eight-bit weights are walked in the same way, so that every kernel has one loop.
+All products walk K in blocks of 128 and take a block as two halves of 64, the way the 4-bit layout stores them, in
+parts of ``PART`` columns that lie within one group. Eight-bit weights are walked in the same way, so that every kernel
+has one loop.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from ..packing import HALF_BLOCK as _HALF_BLOCK
 BLOCK = tl.constexpr(_BLOCK)
 HALF_BLOCK = tl.constexpr(_HALF_BLOCK)
 
-# Four stored bytes at once. $0, $1: the decoded low and high nibbles; $2: the bytes; then for each half four registers with the multiplier and four with the
-# addend, of which one is read: the four bytes belong to one row, and so to one group. u * m + (128 - z * m) lies in 0..255 for every
-# format (formats.largest_multiplier), so that nothing carries into the next byte; the flipped top bit takes the 128 off again.
+# Four stored bytes at once. $0, $1: the decoded low and high nibbles; $2: the bytes; then for each half four registers
+# with the multiplier and four with the addend, of which one is read: the four bytes belong to one row, and so to one
+# group. u * m + (128 - z * m) lies in 0..255 for every format (formats.largest_multiplier), so that nothing carries
+# into the next byte; the flipped top bit takes the 128 off again.
 DECODE_FOUR = tl.constexpr("""
 {
     .reg .b32 nibbles;
@@ -35,7 +37,9 @@ DECODE_FOUR_CONSTRAINTS = tl.constexpr("=&r,=r" + ",r" * 17)
 
 @triton.constexpr_function
 def matrix_operand_type(dtype, compiled):
-    """The dtype in which a product's operands meet: their own, but for bf16 in the interpreter, which would multiply its bits as integers."""
+    """The dtype in which a product's operands meet: their own, but for bf16 in the interpreter, which would multiply
+    its bits as integers.
+    """
     return tl.float32 if dtype == tl.bfloat16 and not compiled else dtype
 
 
@@ -78,7 +82,9 @@ def load_halves(
     EVEN_K: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """(low, high): int8 [BLOCK_N, PART] each, the integers of outputs ``n`` at inputs k .. k + PART - 1 and k + 64 .. k + 64 + PART - 1 of part ``step``."""
+    """(low, high): int8 [BLOCK_N, PART] each, the integers of outputs ``n`` at inputs k .. k + PART - 1 and k + 64 .. k
+    + 64 + PART - 1 of part ``step``.
+    """
     byte, k = part_of_block(step, PART)
     part = tl.arange(0, PART)
     row = qweight + n.to(tl.int64)[:, None] * row_bytes

@@ -1,4 +1,6 @@
-"""Whether kernels run in Triton's interpreter: fixed when the first kernel is defined, so it is read then and not later."""
+"""Whether kernels run in Triton's interpreter: fixed when the first kernel is defined, so it is read then and not
+later.
+"""
 
 from __future__ import annotations
 

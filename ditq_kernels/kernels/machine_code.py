@@ -27,7 +27,8 @@ from . import activation, gradient, product
 from .config import SHARED_MEMORY
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
-# One format for each way through the decoders: whole-channel and grouped 8 bits, 4 bits with one group and with two groups to a half-block.
+# One format for each way through the decoders: whole-channel and grouped 8 bits, 4 bits with one group and with two
+# groups to a half-block.
 FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g32")
 EVEN_WIDTH, RAGGED_WIDTH = 1152, 1136
 # (M, K): the smallest and largest small-M forms, and the largest tile with and without masks along K.
@@ -152,7 +153,8 @@ def main() -> None:
             else:
                 matrix = " ".join(code.matrix_instructions) or "-"
                 print(
-                    f"sm_{arch} {code.name:32} {code.registers:4} registers {code.spills:4} spills {code.shared:7} B shared  {matrix}",
+                    f"sm_{arch} {code.name:32} {code.registers:4} registers {code.spills:4} spills "
+                    f"{code.shared:7} B shared  {matrix}",
                     flush=True,
                 )
 

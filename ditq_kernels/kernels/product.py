@@ -1,7 +1,8 @@
-"""The matrix product of every scheme: activations (int8, or in their own dtype) times stored weights, decoded in the loop.
+"""The matrix product of every scheme: activations (int8, or in their own dtype) times stored weights, decoded in the
+loop.
 
-The tile is computed transposed, ``[BLOCK_N, BLOCK_M]``: with the weight as the left operand, Hopper's matrix instruction takes the decoded
-weights from registers and they are never written to shared memory.
+The tile is computed transposed, ``[BLOCK_N, BLOCK_M]``: with the weight as the left operand, Hopper's matrix
+instruction takes the decoded weights from registers and they are never written to shared memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def load_activations(x_row, k, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def epilogue(acc, sx, scale, bias, m, n, N, RAW: tl.constexpr, PROMOTED: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Scales and bias on an accumulator whose axes ``m`` and ``n`` index (each shaped to broadcast): fp32, or int32 untouched if ``RAW``."""
+    """Scales and bias on an accumulator whose axes ``m`` and ``n`` index (each shaped to broadcast): fp32, or int32
+    untouched if ``RAW``.
+    """
     if RAW:
         return acc
     y = acc.to(tl.float32)
@@ -77,7 +80,9 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``; ``sx`` is None for activations in their own dtype."""
+    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``; ``sx`` is None for activations in their own
+    dtype.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -149,7 +154,9 @@ def small_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """:func:`product_kernel` for M <= BLOCK_M: reads each weight once, multiplies without matrix instructions, and sums over K at the end."""
+    """:func:`product_kernel` for M <= BLOCK_M: reads each weight once, multiplies without matrix instructions, and sums
+    over K at the end.
+    """
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_read = tl.where(m < M, m, 0)

@@ -1,0 +1,135 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import activations, linear
+
+import ditq_kernels as ditq
+from ditq_kernels import QuantLinear, ops
+from ditq_kernels.formats import WEIGHT_FORMATS
+
+CPU = torch.device("cpu")
+formats = pytest.mark.parametrize("name", WEIGHT_FORMATS)
+SAMPLES = ("w8a8", "w8a8_g64", "w4a8_g32_static", "w8a16_g128", "w4a16_g128")
+
+
+def parts(name, device=CPU):
+    layer = QuantLinear.from_linear(linear(24, 150, device), name.replace("w8", "w8a16").replace("w4", "w4a16"))
+    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+
+
+@formats
+def test_ops_keep_their_contracts(name):
+    weight, bias = parts(name)
+    x = activations(5, 150, torch.bfloat16, CPU)
+    qx, sx = torch.ops.ditq.quantize_activation(x, None)
+    torch.library.opcheck(torch.ops.ditq.quantize_activation, (x, None))
+    torch.library.opcheck(torch.ops.ditq.quantize_activation, (x, torch.tensor([3.0])))
+    for out_dtype in (torch.bfloat16, torch.float32):
+        torch.library.opcheck(torch.ops.ditq.linear_a8, (qx, sx, *weight, bias, name, out_dtype))
+    torch.library.opcheck(torch.ops.ditq.linear_a16, (x, *weight, None, name))
+    torch.library.opcheck(torch.ops.ditq.grad_input, (activations(5, 24, torch.float32, CPU), *weight, name, 150))
+
+
+@pytest.mark.parametrize("scheme", SAMPLES)
+def test_layers_compile_whole(scheme):
+    """No graph break, forward and backward, and one graph for every M."""
+    layer = QuantLinear.from_linear(linear(24, 150, CPU), scheme, input_amax=30.0)
+    graphs = []
+
+    def counting_backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counting_backend)
+    for rows in (3, 17, 40):
+        x = activations(rows, 150, torch.float32, CPU)
+        expected_x, x = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected, actual = layer(expected_x), compiled(x)
+        assert torch.equal(actual, expected)
+        expected.sum().backward()
+        actual.sum().backward()
+        assert torch.equal(x.grad, expected_x.grad)
+    assert len(graphs) == 1
+
+
+def test_quantize_activation_compiles():
+    x = activations(6, 64, torch.float32, CPU)
+    compiled = torch.compile(ditq.quantize_activation, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x), ditq.quantize_activation(x), strict=True):
+        assert torch.equal(actual, expected)
+    codes, scales = ditq.quantize_activation(x.view(2, 3, 64))
+    assert codes.shape == (6, 64) and scales.shape == (6,)
+
+
+def test_the_backend_is_chosen_by_context_then_environment_then_device(monkeypatch):
+    monkeypatch.delenv(ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.selected_backend("cpu") == "reference"
+    monkeypatch.setenv(ops.BACKEND_VARIABLE, "triton")
+    assert ops.selected_backend("cpu") == "triton"
+    with ditq.use_backend("reference"):
+        assert ops.selected_backend("cpu") == "reference"
+        with ditq.use_backend("triton"):
+            assert ops.selected_backend("cpu") == "triton"
+        assert ops.selected_backend("cpu") == "reference"
+    assert ops.selected_backend("cpu") == "triton"
+
+
+def test_the_chosen_backend_is_the_one_that_runs(monkeypatch, device):
+    from ditq_kernels import kernels
+
+    calls = []
+    original = kernels.quantize_activation
+    monkeypatch.setattr(kernels, "quantize_activation", lambda *a: calls.append(a) or original(*a))
+    x = activations(3, 64, torch.float32, device)
+    with ditq.use_backend("reference"):
+        ditq.quantize_activation(x)
+    assert not calls
+    with ditq.use_backend("triton"):
+        ditq.quantize_activation(x)
+    assert len(calls) == 1
+
+
+def test_unsupported_combinations_say_what_would_work(monkeypatch):
+    x = activations(3, 64, torch.float32, CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with ditq.use_backend("triton"), pytest.raises(ditq.UnsupportedError, match=r"TRITON_INTERPRET=1.*use reference"):
+        ditq.quantize_activation(x)
+    with ditq.use_backend("cuda"), pytest.raises(ditq.UnsupportedError, match="use triton or reference"):
+        ditq.quantize_activation(x)
+    with (
+        pytest.raises(ValueError, match="unknown backend 'cpu'; allowed: reference, triton, cuda"),
+        ditq.use_backend("cpu"),
+    ):
+        pass
+    weight, _ = parts("w8_g64")
+    qx, sx = ditq.quantize_activation(activations(3, 150, torch.float32, CPU))
+    with pytest.raises(ditq.UnsupportedError, match="w8_g64 has no single int32 accumulator"):
+        torch.ops.ditq.linear_a8(qx, sx, *weight, None, "w8_g64", torch.int32)
+
+
+def test_parts_that_do_not_fit_are_named():
+    (qweight, scale, group_code), _ = parts("w4_g32")
+    x = activations(3, 150, torch.float32, CPU)
+    linear_a16 = torch.ops.ditq.linear_a16
+    with pytest.raises(ValueError, match="unknown weight format 'w5'"):
+        linear_a16(x, qweight, scale, group_code, None, "w5")
+    with pytest.raises(ValueError, match=r"qweight of a w4_g32 weight with K = 300 must be torch.uint8 \[24, 192\]"):
+        linear_a16(torch.zeros(3, 300), qweight, scale, group_code, None, "w4_g32")
+    with pytest.raises(ValueError, match=r"scale of a w4_g32 weight .* must be torch.float32 \[24\]"):
+        linear_a16(x, qweight, scale.double(), group_code, None, "w4_g32")
+    with pytest.raises(ValueError, match="w4_g32 weights need group_code"):
+        linear_a16(x, qweight, scale, None, None, "w4_g32")
+    with pytest.raises(ValueError, match="group_code of a w4_g64 weight"):
+        linear_a16(x, qweight, scale, group_code, None, "w4_g64")
+
+
+def test_importing_the_package_loads_neither_triton_nor_diffusers():
+    program = "import sys, ditq_kernels; print([m for m in ('triton', 'diffusers', 'matplotlib') if m in sys.modules])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
