@@ -11,11 +11,13 @@ from pathlib import Path
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # What a user can mend; anything else is a defect of ours and shows its traceback.
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def _say_error(error: BaseException) -> None:
-    message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    message = " ".join(str(error).split())  # other libraries' messages come in several lines
+    if isinstance(error, ModuleNotFoundError):
+        message += "; pip install 'ditq_kernels[demo]' brings what the commands need"
     print(f"ditq: error: {message}", file=sys.stderr)
 
 
@@ -24,8 +26,16 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; --device takes cpu, cuda, cuda:1 ...")
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} was asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPU(s)")
     return name
 
 
@@ -68,13 +78,14 @@ def quantize_command(args: argparse.Namespace) -> int:
         if args.out is None:
             raise ValueError("--out is needed: the directory to write the quantized model to (or --plan-only)")
         _refuse_existing(args.out)
-    from .integrations.diffusers import load_source, save_quantized
+    from .integrations.diffusers import check_target, load_source, save_quantized
 
     source = load_source(args.source, device=_device(args.device))
     chosen = plan(source.transformer, scheme)
     print(chosen)
     if args.plan_only:
         return 0
+    check_target(source, args.out)
     calibration = _calibrate(source, args, scheme)
     quantize(source.transformer, chosen, calibration, rounding=args.rounding, clip=args.clip)
     layers = quantized_layers(source.transformer).values()
@@ -173,7 +184,7 @@ def env_command(args: argparse.Namespace) -> int:
 
 
 def _sampling_options(parser: argparse.ArgumentParser, guidance: float) -> None:
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_count, default=50, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale (default: %(default)s)")
 
 
@@ -220,9 +231,9 @@ def _parser() -> argparse.ArgumentParser:
         "--step", type=_step, default=0.5, help="the step to calibrate on: index, or fraction (default: %(default)s)"
     )
     quantize.add_argument(
-        "--samples", type=int, default=8, help="pictures in the calibration run (default: %(default)s)"
+        "--samples", type=_count, default=8, help="pictures in the calibration run (default: %(default)s)"
     )
-    quantize.add_argument("--seed", type=int, default=0, help="of the calibration run (default: %(default)s)")
+    quantize.add_argument("--seed", type=_seed, default=0, help="of the calibration run (default: %(default)s)")
     _sampling_options(quantize, 4.0)
 
     generate = command(
@@ -234,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("directory", metavar="DIR", help="what ditq quantize wrote, or a diffusers model or pipeline")
     generate.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or indices")
-    generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one row of pictures per seed (default: 0)")
+    generate.add_argument(
+        "--seed", type=_seed, nargs="+", default=[0], help="one row of pictures per seed (default: 0)"
+    )
     generate.add_argument("--out", type=Path, default=Path("pictures.png"), help="PNG to write (default: %(default)s)")
     _sampling_options(generate, 2.0)
 
@@ -247,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="directory for the report (default: %(default)s)"
     )
-    demo.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
-    demo.add_argument("--samples-per-class", type=int, default=2, help="pictures per class (default: %(default)s)")
+    demo.add_argument("--steps", type=_count, default=50, help="sampling steps (default: %(default)s)")
+    demo.add_argument("--samples-per-class", type=_count, default=2, help="pictures per class (default: %(default)s)")
 
     command("env", env_command, "say what is installed and which backends work here, and why not", "  ditq env")
     return parser
@@ -259,7 +272,19 @@ def _clip(text: str) -> str | float:
 
 
 def _step(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -131,6 +131,8 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
         if not x.dtype.is_floating_point:
             raise TypeError(f"the input must be floating-point, got {x.dtype}")
+        if x.device != self.qweight.device:
+            raise ValueError(f"the layer is on {self.qweight.device} but the input is on {x.device}; move one of them")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.quantized_linear(
@@ -176,11 +178,12 @@ class QuantLinear(nn.Linear):
         raise TypeError("a QuantLinear has no weights to initialise; load a checkpoint, or make it from a linear layer")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        exact = {name: getattr(self, name) for name in self._EXACT if getattr(self, name) is not None}
+        # Detached: a cast replaces the data inside the parameter itself.
+        exact = {name: getattr(self, name).detach() for name in self._EXACT if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
             if after.dtype != torch.float32:
-                setattr(self, name, _frozen(before.detach().to(after.device)))
+                setattr(self, name, _frozen(before.to(after.device)))
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self

@@ -17,7 +17,8 @@ from ..calibration import Calibration
 from .fashion_mnist import CLASS_NAMES
 from .run import Result, Settings, noise_floor
 
-REPORT_FILE = "report.json"
+PICTURE_FILE, PAGE_FILE, REPORT_FILE = "samples.png", "report.md", "report.json"
+MADE_BY = "ditq demo"
 COLUMNS = (
     "scheme",
     "rounding",
@@ -34,9 +35,22 @@ COLUMNS = (
 
 
 def check_output(directory: Path) -> None:
-    """Raise FileExistsError if ``directory`` holds anything but an earlier demo's output."""
-    if directory.exists() and not (directory / REPORT_FILE).exists() and any(directory.iterdir()):
+    """Raise FileExistsError if ``directory`` is a file, or holds anything but an earlier demo's output."""
+    if not directory.exists():
+        return
+    entries = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {directory.name}
+    foreign = entries - {PICTURE_FILE, PAGE_FILE, REPORT_FILE}
+    if foreign or (entries and not _is_report(directory / REPORT_FILE)):
         raise FileExistsError(f"{directory} exists and is not an earlier demo's output; choose another with --out")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a demo wrote ``path``: other programs have a report.json too, and theirs is not ours to replace."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("made_by") == MADE_BY
 
 
 def draw_grid(results: list[Result], settings: Settings, path: Path) -> None:
@@ -181,9 +195,10 @@ def write_report(results: list[Result], calibration: Calibration, settings: Sett
     unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
     unfinished.mkdir()
     try:
-        draw_grid(results, settings, unfinished / "samples.png")
-        (unfinished / "report.md").write_text(_page(results, calibration, settings, floor, machine))
+        draw_grid(results, settings, unfinished / PICTURE_FILE)
+        (unfinished / PAGE_FILE).write_text(_page(results, calibration, settings, floor, machine))
         record = dict(
+            made_by=MADE_BY,
             environment=machine,
             settings=asdict(settings),
             calibration=dict(step=calibration.step, steps=calibration.steps),

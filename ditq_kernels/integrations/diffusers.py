@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import checkpoint
@@ -19,6 +22,7 @@ from ..manifest import MANIFEST_FILE
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
 PICTURE_CHANNELS = (1, 3)  # a model of other than these samples latents
+STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors calls them
 LABEL_FILE = "class_names.json"  # beside a bare model: a JSON list of its classes' names
 
 
@@ -61,11 +65,18 @@ class Source:
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float().cpu()
 
 
-def _read_json(path: Path) -> dict | list:
+def _read_json(path: Path, kind: type = dict) -> dict | list:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__} where a {kind.__name__} belongs")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _resolve(source: str | os.PathLike) -> Path:
@@ -80,33 +91,49 @@ def _resolve(source: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx"]))
     except Exception as error:  # the hub's client raises errors of many libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{source} is not a directory here, and the hub did not give it: {reason}") from None
+        raise FileNotFoundError(
+            f"{source} is not a directory here, and the hub did not give it: {_first_line(error)}"
+        ) from None
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype of most of a model's weights, from the headers of its files: diffusers' loader has no "as stored"."""
+    elements: Counter[torch.dtype] = Counter()
+    for path in directory.glob("diffusion_pytorch_model*.safetensors"):
+        if path.name.count(".") > 1:
+            continue  # a variant, such as .fp16.safetensors, that is not loaded
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                    part = file.get_slice(name)
+                    elements[STORED_DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
+        except (OSError, SafetensorError):
+            break  # the loader says what is wrong with it
+    return elements.most_common(1)[0][0] if elements else torch.float32
 
 
 def _load_transformer(directory: Path, device: torch.device | str | None) -> nn.Module:
     if (directory / MANIFEST_FILE).exists():
         return checkpoint.load(directory, device)
-    config = _read_json(directory / CONFIG_FILE)
-    name = config.get("_class_name", "") if isinstance(config, dict) else ""
+    name = str(_read_json(directory / CONFIG_FILE).get("_class_name", ""))
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(
             f"{directory / CONFIG_FILE} names no model class of diffusers {diffusers.__version__}: {name!r}"
         )
     try:
-        model = cls.from_pretrained(directory, torch_dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{directory} could not be loaded as a {name}: {str(error).strip().splitlines()[0]}") from None
+        model = cls.from_pretrained(directory, torch_dtype=_stored_dtype(directory), use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{directory} could not be loaded as a {name}: {_first_line(error)}") from None
     return model.to(device).eval() if device is not None else model.eval()
 
 
 def _load_scheduler(directory: Path) -> diffusers.SchedulerMixin | None:
     if not directory.is_dir():
         return None
-    name = _read_json(directory / "scheduler_config.json").get("_class_name", "")
+    name = str(_read_json(directory / "scheduler_config.json").get("_class_name", ""))
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"{directory} names no scheduler class of diffusers {diffusers.__version__}: {name!r}")
     return cls.from_pretrained(directory)
 
@@ -139,9 +166,17 @@ def load_source(
             vae = diffusers.AutoencoderKL.from_pretrained(path / "vae").eval()
             vae = vae.to(device) if device is not None else vae
     elif (path / LABEL_FILE).exists():
-        labels = {name: index for index, name in enumerate(_read_json(path / LABEL_FILE))}
+        labels = {name: index for index, name in enumerate(_read_json(path / LABEL_FILE, list))}
     transformer = _load_transformer(path / "transformer" if is_pipeline else path, device)
     return Source(path, transformer, _load_scheduler(path / "scheduler"), vae, is_pipeline, labels)
+
+
+def check_target(source: Source, directory: Path) -> None:
+    """Raise unless :func:`save_quantized` may write ``directory``: it must be new, and not inside a pipeline's."""
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
+    if source.is_pipeline and source.path.resolve() in directory.resolve().parents:
+        raise ValueError(f"{directory} would stand inside {source.path}, which is copied; choose one outside it")
 
 
 def save_quantized(source: Source, directory: str | os.PathLike) -> None:
@@ -151,10 +186,10 @@ def save_quantized(source: Source, directory: str | os.PathLike) -> None:
 
     Raises:
         FileExistsError: if ``directory`` exists.
+        ValueError: if it would stand inside the pipeline's directory.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
+    check_target(source, directory)
     parent = directory.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"

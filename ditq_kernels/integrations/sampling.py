@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import uuid
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ def default_scheduler() -> DDIMScheduler:
     return DDIMScheduler(**DEFAULT_SCHEDULE)
 
 
-def initial_noise(model: nn.Module, seeds: Sequence[int]) -> torch.Tensor:
+def initial_noise(model: nn.Module, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """fp32 [B, C, H, W] on the CPU, each picture from a generator of its own: it depends on nothing but its seed."""
     config = model.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -51,9 +52,11 @@ def sample(
         fp32 [B, C, H, W] on the CPU.
 
     Raises:
-        ValueError: if labels and seeds differ in number, or a label is not one of the model's classes.
+        ValueError: if there are no labels, fewer or more than seeds, or one is not a class of the model's.
     """
     classes = model.config.num_embeds_ada_norm
+    if not labels:
+        raise ValueError("at least one label and seed is needed")
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds: one seed per picture is needed")
     wrong = [label for label in labels if not 0 <= label < classes]
@@ -65,7 +68,10 @@ def sample(
     device, dtype = parameter.device, getattr(model, "dtype", parameter.dtype)
     guided = guidance != 1
     scheduler.set_timesteps(steps, device=device)
-    x = initial_noise(model, seeds).to(device) * scheduler.init_noise_sigma
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = initial_noise(model, generators).to(device) * scheduler.init_noise_sigma
+    # Schedulers that add noise draw it from the pictures' own generators too.
+    noise_source = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     y = torch.tensor(list(labels), device=device)
     if guided:
         y = torch.cat([y, torch.full_like(y, classes)])  # the embedding's last row stands for "no class"
@@ -76,7 +82,7 @@ def sample(
         if guided:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
-        x = scheduler.step(prediction, t, x).prev_sample
+        x = scheduler.step(prediction, t, x, **noise_source).prev_sample
     return x.float().cpu()
 
 
