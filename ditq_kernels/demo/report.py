@@ -68,7 +68,7 @@ def draw_grid(results: list[Result], settings: Settings, path: Path) -> None:
     )
     for position, (row, result) in enumerate(zip(axes, results, strict=True)):
         for column, (axis, index) in enumerate(zip(row, order, strict=True)):
-            axis.imshow(result.pictures[index, 0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(result.pictures[index, 0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
             if position == 0 and column % settings.seeds == 0:
                 name = (
