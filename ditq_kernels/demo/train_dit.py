@@ -23,6 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from ..integrations.diffusers import LABEL_FILE
 from . import fashion_mnist
 
 MODEL = dict(
@@ -104,6 +105,7 @@ def save_model(model: DiTTransformer2DModel, ema: EMAModel, scheduler: DDIMSched
     ema.copy_to(averaged.parameters())
     averaged.half().save_pretrained(out)
     scheduler.save_pretrained(out / "scheduler")
+    (out / LABEL_FILE).write_text(json.dumps(fashion_mnist.CLASS_NAMES) + "\n")
 
 
 def train(out: Path, data: Path, steps: int, batch: int, peak_rate: float, seed: int) -> None:
