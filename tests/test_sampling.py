@@ -1,10 +1,18 @@
+"""Class-conditional sampling: against diffusers' own pipeline, and what a picture may depend on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from PIL import Image
+from small_sources import small_pipeline
+from torch import nn
 
-from ditq_kernels.integrations.sampling import default_scheduler, initial_noise, sample, save_grid
+from ditq_kernels.integrations.diffusers import Source
+from ditq_kernels.integrations.sampling import default_scheduler, initial_noise, sample, save_grid, to_unit_range
 
 
 def tiny_dit(seed=0, **overrides):
@@ -61,7 +69,9 @@ def test_models_that_learn_their_variance():
     ("labels", "seeds", "steps", "message"),
     [
         ([10], [0], 3, "class 10 does not exist: this model's classes are 0 to 9"),
+        ([-1], [0], 3, "class -1 does not exist"),
         ([1, 2], [0], 3, "2 labels but 1 seeds"),
+        ([], [], 3, "at least one label"),
         ([1], [0], 0, "steps must be at least 1"),
     ],
 )
@@ -79,3 +89,93 @@ def test_grid_places_pictures_row_by_row(channels, tmp_path):
     found = [int(np.ravel(grid[4 * row, 5 * column])[0]) for row in range(2) for column in range(3)]
     assert found == [0, 64, 128, 191, 255, 255]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"]
+
+
+def test_a_failed_grid_leaves_the_earlier_picture(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"earlier")
+
+    def fail(*args, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_grid(torch.zeros(1, 1, 4, 4), 1, path)
+    assert path.read_bytes() == b"earlier"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_pictures_are_those_of_diffusers_own_pipeline(guidance):
+    pipeline = small_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    labels, seeds = [3, 999, 3], [5, 6, 7]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    theirs = pipeline(labels, guidance, generators, num_inference_steps=3, output_type="np").images
+    samples = draw(pipeline.transformer, labels, seeds, guidance=guidance)
+    ours = to_unit_range(Source(Path(), pipeline.transformer, vae=pipeline.vae).decode(samples))
+    assert samples.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2))
+
+
+class Elementwise(nn.Module):
+    """Stands for a DiT, without sums over elements: its output's bits cannot depend on the batch. Records its calls."""
+
+    CLASSES = 10
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=1, sample_size=4, num_embeds_ada_norm=self.CLASSES)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.calls = []
+
+    def forward(self, x, timestep, class_labels):
+        self.calls.append((x.clone(), timestep.clone(), class_labels.clone()))
+        per_picture = (1 + class_labels).view(-1, 1, 1, 1) / (1 + self.CLASSES)
+        return SimpleNamespace(sample=self.gain * x + per_picture * torch.cos(timestep.view(-1, 1, 1, 1) / 100))
+
+
+def sample_with(scheduler, labels, seeds, steps=4):
+    return sample(Elementwise(), scheduler, labels, seeds, steps=steps, progress=False)
+
+
+@pytest.mark.parametrize("scheduler", [default_scheduler, DDPMScheduler, DPMSolverMultistepScheduler])
+def test_a_picture_has_the_same_bits_alone_and_in_a_batch(scheduler):
+    """DDPM adds noise at each step: that too is the picture's own."""
+    together = sample_with(scheduler(), [1, 2, 1], [10, 10, 11])
+    torch.manual_seed(1)  # the global generator's state must not matter
+    apart = [sample_with(scheduler(), [label], [seed]) for label, seed in ((1, 10), (2, 10), (1, 11))]
+    assert torch.equal(together, torch.cat(apart))
+    assert not torch.equal(together[0], together[1]), "the class changes nothing"
+    assert not torch.equal(together[0], together[2]), "the seed changes nothing"
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.random.get_rng_state()
+    sample_with(DDPMScheduler(), [0], [0])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_can_be_used_again(scheduler):
+    used = scheduler()
+    first = sample_with(used, [1], [2])
+    sample_with(used, [5], [6], steps=7)
+    assert torch.equal(first, sample_with(used, [1], [2]))
+
+
+def test_guidance_moves_away_from_the_unconditional_prediction():
+    model, scheduler = Elementwise(), default_scheduler()
+    result = sample(model, scheduler, [4, 7], [0, 1], steps=1, guidance=3.0, progress=False)
+    ((x, timestep, labels),) = model.calls
+    assert torch.equal(x[:2], initial_noise(model, [0, 1])) and torch.equal(x[:2], x[2:])
+    conditional, unconditional = (model(x[:2], timestep[:2], y).sample for y in (labels[:2], labels[2:]))
+    guided = unconditional + 3.0 * (conditional - unconditional)
+    assert torch.equal(result, scheduler.step(guided, scheduler.timesteps[0], x[:2]).prev_sample)
+
+
+def test_a_model_in_bfloat16_is_fed_bfloat16_and_the_steps_stay_fp32():
+    model = Elementwise().to(torch.bfloat16)
+    result = sample(model, default_scheduler(), [1], [2], steps=4, progress=False)
+    assert model.calls[0][0].dtype == torch.bfloat16
+    assert result.dtype == torch.float32 and not torch.equal(result, result.to(torch.bfloat16).float())

@@ -25,8 +25,16 @@ def default_scheduler() -> DDIMScheduler:
     return DDIMScheduler(**DEFAULT_SCHEDULE)
 
 
-def initial_noise(model: nn.Module, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(model: nn.Module, seeds: Sequence[int]) -> torch.Tensor:
     """fp32 [B, C, H, W] on the CPU, each picture from a generator of its own: it depends on nothing but its seed."""
+    return _draw(model, _generators(seeds))
+
+
+def _draw(model: nn.Module, generators: Sequence[torch.Generator]) -> torch.Tensor:
     config = model.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -68,8 +76,8 @@ def sample(
     device, dtype = parameter.device, getattr(model, "dtype", parameter.dtype)
     guided = guidance != 1
     scheduler.set_timesteps(steps, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = initial_noise(model, generators).to(device) * scheduler.init_noise_sigma
+    generators = _generators(seeds)
+    x = _draw(model, generators).to(device) * scheduler.init_noise_sigma
     # Schedulers that add noise draw it from the pictures' own generators too.
     noise_source = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     y = torch.tensor(list(labels), device=device)
