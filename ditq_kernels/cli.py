@@ -261,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out/demo"), help="directory for the report (default: %(default)s)"
     )
     demo.add_argument("--steps", type=_count, default=50, help="sampling steps (default: %(default)s)")
-    demo.add_argument("--samples-per-class", type=_count, default=2, help="pictures per class (default: %(default)s)")
+    demo.add_argument("--samples-per-class", type=_count, default=1, help="pictures per class (default: %(default)s)")
 
     command("env", env_command, "say what is installed and which backends work here, and why not", "  ditq env")
     return parser

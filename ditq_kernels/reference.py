@@ -29,16 +29,16 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
     one per row. A row that holds NaN or an infinity gets codes 0 and the scale NaN, so that its output row is NaN.
     """
     x = x.to(torch.float32)
-    row_amax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    low, high = torch.aminmax(x, dim=1)
+    row_amax = torch.maximum(-low, high)
     finite = torch.isfinite(row_amax)
     reach = (row_amax if amax is None else amax.expand_as(row_amax)).clamp(min=SMALLEST_AMAX)
     # Division by or of a Python number may become a product with a rounded reciprocal; of two tensors it is IEEE
     # division.
     largest = torch.full_like(reach, INT8_MAX)
-    codes = torch.round(x * (largest / reach).unsqueeze(1)).clamp(-INT8_MAX, INT8_MAX)
-    codes = torch.where(finite.unsqueeze(1), codes, 0.0)
-    scale = torch.where(finite, reach / largest, torch.nan)
-    return codes.to(torch.int8), scale
+    codes = (x * (largest / reach).unsqueeze(1)).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    codes[~finite] = 0
+    return codes, torch.where(finite, reach / largest, torch.nan)
 
 
 def decode(qweight: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int) -> torch.Tensor:
@@ -118,8 +118,8 @@ def linear_a8(
         accumulator = int8_product(qx, w)
         if out_dtype == torch.int32:
             return accumulator
-        y = accumulator.to(torch.float32) * sx.unsqueeze(1) * scale
-    return (y if bias is None else y + bias.to(torch.float32)).to(out_dtype)
+        y = accumulator.to(torch.float32).mul_(sx.unsqueeze(1)).mul_(scale)
+    return (y if bias is None else y.add_(bias.to(torch.float32))).to(out_dtype)
 
 
 def linear_a16(
