@@ -23,6 +23,11 @@ SMALL_STAGES = 3
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
+def shared_memory(capability: int) -> int:
+    """Bytes that one thread block may use on ``capability``; of one not listed, the smallest that any has."""
+    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """One compiled form of a product: rows and outputs of a tile, warps, and loop iterations in flight."""
@@ -48,10 +53,12 @@ def is_valid(config: TileConfig, activation_bytes: int, fmt: WeightFormat, capab
     """Whether ``config`` fits the shared memory of ``capability`` (10 * major + minor) and keeps its accumulator in
     registers.
     """
-    accumulator_registers = config.block_m * config.block_n // (32 * config.num_warps)
-    fits = config.shared_bytes(activation_bytes, fmt) <= SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
-    # Promotion holds the partial sum beside the total.
-    return fits and accumulator_registers * (2 if fmt.promoted else 1) <= 128
+    registers = config.block_m * config.block_n // (32 * config.num_warps)
+    if fmt.promoted:
+        registers *= 2  # the partial sum beside the total
+        if activation_bytes > 1:
+            registers *= 2  # and wider operands beside both: at 128 x 128 with 8 warps, sm_120 spills
+    return config.shared_bytes(activation_bytes, fmt) <= shared_memory(capability) and registers <= 128
 
 
 # In order of preference, by the largest M that they serve.
@@ -59,7 +66,10 @@ TILES: tuple[tuple[int | None, tuple[TileConfig, ...]], ...] = (
     (32, (TileConfig(32, 64, 4, 4), TileConfig(32, 64, 4, 2))),
     (128, (TileConfig(64, 64, 4, 4), TileConfig(64, 64, 4, 2))),
     (512, (TileConfig(64, 128, 4, 3), TileConfig(64, 128, 4, 2), TileConfig(64, 64, 4, 2))),
-    (None, (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 2), TileConfig(64, 64, 4, 2))),
+    (
+        None,
+        (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 2), TileConfig(64, 128, 8, 2), TileConfig(64, 64, 4, 2)),
+    ),
 )
 
 
