@@ -1,26 +1,25 @@
-"""Which tile a product runs on: one config dataclass, one validity predicate, one heuristic. Pure Python; no Triton, no
-measurement.
+"""Which kernel a product runs on, and in which form: one problem, one config, one validity predicate, one heuristic.
+Pure Python; nothing is compiled, launched or measured here.
 
-The tables hold heuristics. None of them was measured on a GPU yet.
+The heuristic's constants are reasoned and not measured. A table of measured winners (:mod:`.tables`) goes before it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
 
 from ..formats import WeightFormat
 from ..packing import HALF_BLOCK
 
-MAX_ACTIVATION_BLOCK = 8192  # columns that one program of the activation quantizer holds at once
-SMALL_M = 16  # up to here a product is bound by reading weights and does without matrix instructions
-SMALL_STAGES = 3
+MAX_ACTIVATION_BLOCK = 16384  # columns that one program of a row-wise kernel holds at once
+SMALL_M = 16  # up to here a product is bound by reading weights
+SCRATCH_BYTES = 16 << 20  # what a weight is decoded into at a time, to stay in the L2 cache
 # Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Products are chosen for the upper bound of M's class, so that a new M rarely means a new kernel.
+ROW_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def shared_memory(capability: int) -> int:
@@ -28,20 +27,9 @@ def shared_memory(capability: int) -> int:
     return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
 
 
-@dataclass(frozen=True)
-class TileConfig:
-    """One compiled form of a product: rows and outputs of a tile, warps, and loop iterations in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def shared_bytes(self, activation_bytes: int, fmt: WeightFormat) -> int:
-        """Shared memory of the loop's operands: per stage both halves of the activations and the stored weights."""
-        part = columns_per_part(fmt)
-        weights = self.block_n * part * (2 if fmt.bits == 8 else 1)
-        return self.num_stages * (2 * self.block_m * part * activation_bytes + weights)
+def row_class(rows: int) -> int:
+    """The smallest class of row counts that holds ``rows``; the largest holds all above it."""
+    return next((limit for limit in ROW_CLASSES if rows <= limit), ROW_CLASSES[-1])
 
 
 def columns_per_part(fmt: WeightFormat) -> int:
@@ -49,75 +37,167 @@ def columns_per_part(fmt: WeightFormat) -> int:
     return min(HALF_BLOCK, fmt.group or HALF_BLOCK)
 
 
-def is_valid(config: TileConfig, activation_bytes: int, fmt: WeightFormat, capability: int) -> bool:
-    """Whether ``config`` fits the shared memory of ``capability`` (10 * major + minor) and keeps its accumulator in
-    registers.
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by.
+
+    Attributes:
+        rows: a value of :data:`ROW_CLASSES`.
+        activation_bytes: 1 for int8, 2 for 16-bit, 4 for fp32 activations.
+        capability: 10 * major + minor.
+        multiprocessors: of the device.
     """
-    registers = config.block_m * config.block_n // (32 * config.num_warps)
-    if fmt.promoted:
-        registers *= 2  # the partial sum beside the total
-        if activation_bytes > 1:
-            registers *= 2  # and wider operands beside both: at 128 x 128 with 8 warps, sm_120 spills
-    return config.shared_bytes(activation_bytes, fmt) <= shared_memory(capability) and registers <= 128
 
-
-# In order of preference, by the largest M that they serve.
-TILES: tuple[tuple[int | None, tuple[TileConfig, ...]], ...] = (
-    (32, (TileConfig(32, 64, 4, 4), TileConfig(32, 64, 4, 2))),
-    (128, (TileConfig(64, 64, 4, 4), TileConfig(64, 64, 4, 2))),
-    (512, (TileConfig(64, 128, 4, 3), TileConfig(64, 128, 4, 2), TileConfig(64, 64, 4, 2))),
-    (
-        None,
-        (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 2), TileConfig(64, 128, 8, 2), TileConfig(64, 64, 4, 2)),
-    ),
-)
-
-
-@functools.cache
-def choose_tile(rows: int | None, activation_bytes: int, fmt: WeightFormat, capability: int) -> TileConfig:
-    """The first valid tile for ``rows``, a value of :func:`tile_class`."""
-    for limit, tiles in TILES:
-        if limit == rows:
-            return next(tile for tile in tiles if is_valid(tile, activation_bytes, fmt, capability))
-    raise ValueError(f"{rows} is not a class of row counts; they are {[limit for limit, _ in TILES]}")
-
-
-def tile_class(rows: int) -> int | None:
-    """The bound of the class of row counts that ``rows`` belongs to: kernels are compiled per class, not per M."""
-    return next(limit for limit, _ in TILES if limit is None or rows <= limit)
+    rows: int
+    out_features: int
+    in_features: int
+    activation_bytes: int
+    fmt: WeightFormat
+    capability: int
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
-class SmallConfig:
-    """One compiled form of the small-M product: rows (a power of two), outputs of a program, warps."""
+class Config:
+    """One compiled form of a product.
 
-    block_m: int
-    block_n: int
-    num_warps: int
+    Attributes:
+        route: the way it is carried out, a key of :data:`CONFIGS`.
+        block_m, block_n, block_k: rows, outputs and inputs of a tile; ``block_k`` of routes that choose it.
+        num_warps, num_stages: Triton's options.
+        descriptors: whether tiles are copied by tensor descriptors (TMA) and not by pointers.
+        instance: of the CUDA extension's table of tiles.
+    """
 
+    route: str
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    descriptors: bool = False
+    instance: int = 0
 
-# The product of rows, outputs and columns of a part is what a program holds in registers.
-SMALL_TILES = {rows: SmallConfig(rows, max(4, 16 // rows), 4) for rows in (1, 2, 4, 8, 16)}
-
-
-def choose_small(rows: int) -> SmallConfig:
-    """The smallest row count that holds ``rows`` <= 16."""
-    return next(config for limit, config in SMALL_TILES.items() if rows <= limit)
-
-
-# The reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
-GRADIENT_TILE = TileConfig(block_m=64, block_n=16, num_warps=8, num_stages=2)
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """10 * major + minor of a CUDA device; of a CPU, where kernels are interpreted, the smallest supported."""
-    if device.type != "cuda":
-        return min(SHARED_MEMORY)
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    def __str__(self) -> str:
+        tile = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
+        warps = f" warps={self.num_warps} stages={self.num_stages}" if tile else ""
+        return f"{self.route} {tile}{warps}{' descriptors' if self.descriptors else ''}".strip()
 
 
-def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's CUDA device the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+# What each route may be run with; `ditq tune` measures these. The keys are the routes:
+# small     reads each weight once, multiplies without matrix instructions
+# in_loop   decodes the weights in the loop of the matrix product
+# int8      int8 weights as they are stored
+# expanded  decodes the weights into a scratch first, and multiplies that: as int8, or by cuBLAS in 16 bits
+# cuda      the CUDA extension's kernel
+_INT8_TILES = (
+    Config("", 128, 256, 128, 8, 3),
+    Config("", 128, 128, 128, 8, 3),
+    Config("", 128, 128, 128, 8, 2),
+    Config("", 128, 128, 64, 8, 3),
+    Config("", 64, 128, 128, 4, 4),
+    Config("", 64, 128, 128, 4, 3),
+    Config("", 64, 64, 128, 4, 4),
+    Config("", 32, 64, 128, 4, 4),
+)
+
+
+def _with(configs: tuple[Config, ...], **changes) -> tuple[Config, ...]:
+    return tuple(Config(**{**vars(config), **changes}) for config in configs)
+
+
+_INT8 = _with(_INT8_TILES, route="int8")
+CONFIGS: dict[str, tuple[Config, ...]] = {
+    "small": (Config("small", 1, 8, 256), Config("small", 2, 16, 256), Config("small", 4, 16, 256)),
+    "in_loop": (
+        Config("in_loop", 128, 128, 0, 8, 3),
+        Config("in_loop", 128, 128, 0, 8, 2),
+        Config("in_loop", 64, 128, 0, 4, 3),
+        Config("in_loop", 64, 128, 0, 8, 2),
+        Config("in_loop", 64, 64, 0, 4, 4),
+        Config("in_loop", 64, 64, 0, 4, 2),
+        Config("in_loop", 32, 64, 0, 4, 4),
+        Config("in_loop", 16, 64, 0, 4, 4),
+        Config("in_loop", 16, 64, 0, 4, 2),
+    ),
+    "int8": _INT8 + _with(_INT8, descriptors=True),
+    "expanded": (Config("expanded"), *_with(_INT8, route="expanded", descriptors=True), *_with(_INT8, route="expanded")),
+    "cuda": (Config("cuda"), *(Config("cuda", instance=instance) for instance in range(1, 5))),
+}
+# The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
+GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
+
+
+def shared_bytes(config: Config, problem: Problem) -> int:
+    """Shared memory of the loop's operands, all stages."""
+    if config.route == "in_loop":
+        part = columns_per_part(problem.fmt)
+        weights = config.block_n * part * (2 if problem.fmt.bits == 8 else 1)
+        return config.num_stages * (2 * config.block_m * part * problem.activation_bytes + weights)
+    return config.num_stages * (config.block_m + config.block_n) * config.block_k
+
+
+def _accumulator_fits(config: Config, problem: Problem) -> bool:
+    registers = config.block_m * config.block_n // (32 * config.num_warps)
+    if config.route == "in_loop" and problem.fmt.promoted:
+        registers *= 2  # the partial sum beside the total
+        if problem.activation_bytes > 1:
+            registers *= 2  # and wider operands beside both: at 128 x 128 with 8 warps, sm_120 spills
+    return registers <= 128
+
+
+def is_valid(config: Config, problem: Problem) -> bool:
+    """Whether ``config`` computes ``problem`` and fits its shared memory and registers."""
+    fmt, int8 = problem.fmt, problem.activation_bytes == 1
+    if config.route == "cuda":
+        return False  # no committed measurement shows the extension faster yet
+    if config.route == "small":
+        return problem.rows <= config.block_m
+    if config.route == "expanded" and not int8:
+        return config.block_m == 0 and problem.activation_bytes == 2
+    if config.route == "expanded" and (config.block_m == 0 or fmt.bits == 8 or problem.rows <= SMALL_M):
+        return False  # int8 weights need no expansion
+    if config.route == "int8" and not (int8 and fmt.bits == 8 and fmt.group is None):
+        return False
+    if config.descriptors and (problem.capability < 90 or problem.in_features % 16):
+        return False  # the copy engine came with sm_90, and wants rows of whole 16 bytes
+    if config.num_warps == 8 and config.block_m * config.block_n >= 128 * 256 and problem.capability not in (90, 100):
+        return False  # accumulator, operands and addresses: only where operands are read from shared memory
+    return shared_bytes(config, problem) <= shared_memory(problem.capability) and _accumulator_fits(config, problem)
+
+
+def candidates(problem: Problem) -> Iterator[Config]:
+    """Every valid configuration, the same one once."""
+    yield from dict.fromkeys(config for route in CONFIGS.values() for config in route if is_valid(config, problem))
+
+
+# The heuristic's constants. None was measured.
+EDGE_COST = 32.0  # a tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products
+DECODE_COST = 0.25  # of decoding in the loop, beside the product of one row tile of 128
+EXPANSION_ROWS = 128.0  # decoding into the scratch costs as much as this many rows of the product
+POINTER_COST = 1.05  # of pointers where the copy engine is at hand
+CUBLAS_TILE = (128, 256)
+
+
+def estimate(config: Config, problem: Problem) -> float:
+    """The heuristic's figure for the duration, comparable among the configurations of one problem: waves of tiles over
+    the multiprocessors, times what a tile costs.
+    """
+    if config.route == "small":
+        return 0.0  # where it is valid, nothing reads the weights faster
+    block_m, block_n = (config.block_m, config.block_n) if config.block_m else CUBLAS_TILE
+    tiles = -(-problem.rows // block_m) * -(-problem.out_features // block_n)
+    waves = -(-tiles // problem.multiprocessors)
+    cost = waves * block_m * block_n * (1 + EDGE_COST * (1 / block_m + 1 / block_n))
+    if config.route == "expanded":
+        cost += EXPANSION_ROWS * problem.out_features / problem.multiprocessors
+    elif config.route == "in_loop" and problem.fmt.name != "w8":
+        cost *= 1 + DECODE_COST
+    if problem.capability >= 90 and config.block_k and not config.descriptors:
+        cost *= POINTER_COST
+    return cost - 1e-3 * config.num_stages  # deeper pipelines first
+
+
+def heuristic(problem: Problem) -> Config:
+    """The valid configuration with the smallest :func:`estimate`; the first listed among equals."""
+    return min(candidates(problem), key=lambda config: estimate(config, problem))

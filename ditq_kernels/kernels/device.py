@@ -1,0 +1,40 @@
+"""What the choice of a configuration has to know of a device, asked once per device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .config import SHARED_MEMORY
+
+INTERPRETED_MULTIPROCESSORS = 4  # of the CPU, where kernels are interpreted: few, so that persistent programs loop
+
+
+@dataclass(frozen=True)
+class Device:
+    """Attributes:
+    name: as the driver gives it, such as "NVIDIA H100 80GB HBM3"; the key of a measured table.
+    capability: 10 * major + minor.
+    multiprocessors: how many of them.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """The CUDA device; of a CPU, where kernels are interpreted, one of the smallest supported capability."""
+    if device.type != "cuda":
+        return Device("CPU", min(SHARED_MEMORY), INTERPRETED_MULTIPROCESSORS)
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's CUDA device the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
