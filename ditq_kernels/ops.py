@@ -17,16 +17,14 @@ from types import ModuleType
 import torch
 
 from . import reference
+from .errors import UnsupportedError
 from .formats import WEIGHT_FORMATS, WeightFormat
 from .packing import LAYOUTS
 
 BACKENDS = ("reference", "triton", "cuda")
 BACKEND_VARIABLE = "DITQ_BACKEND"
+GELU_FORMS = ("none", "tanh")  # as torch.nn.functional.gelu names them
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("ditq_backend", default=None)
-
-
-class UnsupportedError(RuntimeError):
-    """A combination of op, format, device and backend that does not exist; the message names it and what would work."""
 
 
 def _known_backend(name: str) -> str:
@@ -99,12 +97,16 @@ def _backend(device: torch.device) -> ModuleType:
 
 
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_code"
+_NORM = "Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale"
 _library = torch.library.Library("ditq", "DEF")
 _library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)")
+_library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate) -> (Tensor, Tensor)")
+_library.define(f"norm_modulate(Tensor x, {_NORM}, float eps) -> Tensor")
+_library.define(f"norm_modulate_quantize(Tensor x, {_NORM}, Tensor? amax, float eps) -> (Tensor, Tensor)")
 _library.define(
     f"linear_a8(Tensor qx, Tensor sx, {_WEIGHT}, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
 )
-_library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_format) -> Tensor")
+_library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_format, bool silu=False) -> Tensor")
 _library.define(f"grad_input(Tensor grad, {_WEIGHT}, str weight_format, int in_features) -> Tensor")
 
 
@@ -147,6 +149,39 @@ def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[to
     return _backend(x.device).quantize_activation(x, amax)
 
 
+def _gelu_quantize(x, amax, approximate):
+    if approximate not in GELU_FORMS:
+        raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
+    return _backend(x.device).gelu_quantize(x, amax, approximate)
+
+
+def _check_norm(x, weight, bias, shift, scale) -> None:
+    """ValueError unless the parts of a modulated norm fit ``x`` [B, T, K]."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [batch, tokens, channels], got {list(x.shape)}")
+    batch, _, columns = x.shape
+    for name, tensor, shape in (
+        ("weight", weight, (columns,)),
+        ("bias", bias, (columns,)),
+        ("shift", shift, (batch, columns)),
+        ("scale", scale, (batch, columns)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but the input is on {x.device}")
+
+
+def _norm_modulate(x, weight, bias, shift, scale, eps):
+    _check_norm(x, weight, bias, shift, scale)
+    return _backend(x.device).norm_modulate(x, weight, bias, shift, scale, eps)
+
+
+def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
+    _check_norm(x, weight, bias, shift, scale)
+    return _backend(x.device).norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
+
+
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
     fmt = _check_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
     if out_dtype == torch.int32 and fmt.promoted:
@@ -157,14 +192,27 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     return _backend(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
 
 
-def _linear_a16(x, qweight, scale, group_code, bias, weight_format):
+def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
     fmt = _check_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
-    return _backend(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt)
+    return _backend(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
     fmt = _check_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
     return _backend(grad.device).grad_input(grad, qweight, scale, group_code, fmt, in_features)
+
+
+def _norm_modulate_fake(x, weight, bias, shift, scale, eps):
+    return x.new_empty(x.shape)
+
+
+def _norm_modulate_quantize_fake(x, weight, bias, shift, scale, amax, eps):
+    rows = x.shape[0] * x.shape[1]
+    return x.new_empty((rows, x.shape[2]), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+
+
+def _gelu_quantize_fake(x, amax, approximate):
+    return _quantize_activation_fake(x, amax)
 
 
 def _quantize_activation_fake(x, amax):
@@ -175,7 +223,7 @@ def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
-def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format):
+def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format, silu=False):
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
@@ -185,6 +233,9 @@ def _grad_input_fake(grad, qweight, scale, group_code, weight_format, in_feature
 
 for _name, _implementation, _fake in (
     ("quantize_activation", _quantize_activation, _quantize_activation_fake),
+    ("gelu_quantize", _gelu_quantize, _gelu_quantize_fake),
+    ("norm_modulate", _norm_modulate, _norm_modulate_fake),
+    ("norm_modulate_quantize", _norm_modulate_quantize, _norm_modulate_quantize_fake),
     ("linear_a8", _linear_a8, _linear_a8_fake),
     ("linear_a16", _linear_a16, _linear_a16_fake),
     ("grad_input", _grad_input, _grad_input_fake),

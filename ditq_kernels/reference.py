@@ -41,6 +41,61 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
     return codes, torch.where(finite, reach / largest, torch.nan)
 
 
+def gelu_quantize(
+    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_activation` of GELU of ``x`` [M, K], which stays in fp32 between the two. ``approximate`` is
+    "none" or "tanh", as in ``torch.nn.functional.gelu``.
+    """
+    return quantize_activation(F.gelu(x.to(torch.float32), approximate=approximate), amax)
+
+
+def _norm_modulate_fp32(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    weight, bias, shift, scale = (
+        None if part is None else part.to(torch.float32) for part in (weight, bias, shift, scale)
+    )
+    y = F.layer_norm(x.to(torch.float32), x.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + scale.unsqueeze(1))
+    return y if shift is None else y + shift.unsqueeze(1)
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """``layer_norm(x) * (1 + scale) + shift`` in ``x.dtype``, computed in fp32: ``x`` [B, T, K]; ``weight`` and
+    ``bias`` [K] of the norm, ``shift`` and ``scale`` [B, K], each optional.
+    """
+    return _norm_modulate_fp32(x, weight, bias, shift, scale, eps).to(x.dtype)
+
+
+def norm_modulate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_activation` of :func:`norm_modulate`, which stays in fp32 between the two: codes [B * T, K] and
+    scales [B * T].
+    """
+    return quantize_activation(_norm_modulate_fp32(x, weight, bias, shift, scale, eps).flatten(0, 1), amax)
+
+
 def decode(qweight: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int) -> torch.Tensor:
     """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level
     formats.
@@ -129,8 +184,11 @@ def linear_a16(
     group_code: torch.Tensor | None,
     bias: torch.Tensor | None,
     fmt: WeightFormat,
+    silu: bool = False,
 ) -> torch.Tensor:
-    """``x`` [M, K] to [M, N] in ``x.dtype``, computed in fp32."""
+    """``x`` [M, K], or SiLU of it rounded to its dtype, to [M, N] in ``x.dtype``, computed in fp32."""
+    if silu:
+        x = F.silu(x)
     weight = dequantize(qweight, scale, group_code, fmt, x.shape[1])
     return F.linear(x.to(torch.float32), weight, None if bias is None else bias.to(torch.float32)).to(x.dtype)
 

@@ -1,7 +1,15 @@
 """Triton kernels behind the ops: raw tensors in and out, the same signatures as :mod:`ditq_kernels.reference`."""
 
-from .activation import quantize_activation
+from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
+from .dispatch import linear_a8, linear_a16
 from .gradient import grad_input
-from .product import linear_a8, linear_a16
 
-__all__ = ["grad_input", "linear_a8", "linear_a16", "quantize_activation"]
+__all__ = [
+    "gelu_quantize",
+    "grad_input",
+    "linear_a8",
+    "linear_a16",
+    "norm_modulate",
+    "norm_modulate_quantize",
+    "quantize_activation",
+]

@@ -1,4 +1,6 @@
-"""Activations to int8 codes and one fp32 scale per row, per token or by a calibrated reach, in one launch."""
+"""Activations to int8 codes and one fp32 scale per row, per token or by a calibrated reach, in one launch: as they come,
+after GELU, or after LayerNorm and modulation.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +8,278 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import MAX_ACTIVATION_BLOCK, launch_device
+from ..errors import UnsupportedError
+from .config import MAX_ACTIVATION_BLOCK
+from .device import launch_device
 
 # reference.SMALLEST_AMAX; a test holds the two together.
 SMALLEST_AMAX = tl.constexpr(2.0**-100)
 # Adding and subtracting 1.5 * 2**23 rounds a small fp32 number to an integer, ties to even, without a library call.
 ROUNDING_OFFSET = tl.constexpr(12582912.0)
+ONE_OVER_SQRT_2 = tl.constexpr(0.7071067811865476)
+TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+GELU_CUBIC = tl.constexpr(0.044715)
 
 
-@triton.jit(do_not_specialize=["M"])
-def quantize_activation_kernel(
-    x, amax, codes, scales, M, K, stride_m, stride_k, HAS_AMAX: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """One program a row. The second loop reads the row again, from the cache."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_K)
-    largest = tl.zeros([BLOCK_K], tl.float32)
-    broken = tl.zeros([BLOCK_K], tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        value = tl.abs(tl.load(x + row * stride_m + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32))
-        finite = value < float("inf")  # false for NaN too, which max() would drop
-        largest = tl.maximum(largest, tl.where(finite, value, 0.0))
-        broken = tl.maximum(broken, tl.where(finite, 0, 1))
-    row_is_finite = tl.max(broken) == 0
-    reach = tl.load(amax).to(tl.float32) if HAS_AMAX else tl.max(largest)
-    reach = tl.maximum(reach, SMALLEST_AMAX)
-    factor = tl.div_rn(127.0, reach)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        value = tl.load(x + row * stride_m + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32)
-        # Clamped before rounding: the bounds are integers, so the order does not matter, and the offset trick needs
-        # small numbers.
-        scaled = tl.minimum(tl.maximum(value * factor, -127.0), 127.0)
-        rounded = (scaled + ROUNDING_OFFSET) - ROUNDING_OFFSET
-        tl.store(codes + row * K + k, tl.where(row_is_finite, rounded, 0.0).to(tl.int8), mask=k < K)
+@triton.jit
+def _gelu(x, GELU: tl.constexpr):
+    """fp32 GELU: "none" (PyTorch's name for the exact one), "tanh", or "" for the identity."""
+    if GELU == "none":
+        return 0.5 * x * (1.0 + tl.erf(x * ONE_OVER_SQRT_2))
+    elif GELU == "tanh":
+        # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+        return x * tl.sigmoid(TWO_SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
+    else:
+        return x
+
+
+@triton.jit
+def _finite_magnitude(value):
+    """(|value| where it is finite, else 0; 1 where it is not): max() would drop NaN."""
+    magnitude = tl.abs(value)
+    finite = magnitude < float("inf")
+    return tl.where(finite, magnitude, 0.0), tl.where(finite, 0, 1)
+
+
+@triton.jit
+def _reach(amax, largest):
+    """The magnitude that code 127 stands for: the calibrated one, or the row's largest."""
+    reach = largest if amax is None else tl.load(amax).to(tl.float32)
+    return tl.maximum(reach, SMALLEST_AMAX)
+
+
+@triton.jit
+def _codes(value, factor, row_is_finite):
+    # Clamped before rounding: the bounds are integers, so the order does not matter, and the offset trick needs small
+    # numbers.
+    scaled = tl.minimum(tl.maximum(value * factor, -127.0), 127.0)
+    rounded = (scaled + ROUNDING_OFFSET) - ROUNDING_OFFSET
+    return tl.where(row_is_finite, rounded, 0.0).to(tl.int8)
+
+
+@triton.jit
+def _store_scale(scales, row, reach, row_is_finite):
     tl.store(scales + row, tl.where(row_is_finite, tl.div_rn(reach, 127.0), float("nan")))
 
 
-def specialise(columns: int, has_amax: bool) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
-    """(compile-time constants, launch options) for rows of ``columns``."""
+@triton.jit
+def quantize_activation_kernel(
+    x,
+    amax,
+    codes,
+    scales,
+    K,
+    stride_m,
+    stride_k,
+    GELU: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program a row, which it keeps in registers if ``ONE_PASS``; a longer one is read a second time, from the
+    cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    x_row = x + row * stride_m
+    codes_row = codes + row * K
+    if ONE_PASS:
+        offset = columns.to(tl.int64) * stride_k
+        value = _gelu(tl.load(x_row + offset, mask=columns < K, other=0).to(tl.float32), GELU)
+        magnitude, broken = _finite_magnitude(value)
+        row_is_finite = tl.max(broken) == 0
+        reach = _reach(amax, tl.max(magnitude))
+        tl.store(codes_row + columns, _codes(value, tl.div_rn(127.0, reach), row_is_finite), mask=columns < K)
+    else:
+        largest = tl.zeros([BLOCK_K], tl.float32)
+        broken = tl.zeros([BLOCK_K], tl.int32)
+        for start in range(0, K, BLOCK_K):
+            k = start + columns
+            value = _gelu(tl.load(x_row + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32), GELU)
+            magnitude, broken_here = _finite_magnitude(value)
+            largest = tl.maximum(largest, magnitude)
+            broken = tl.maximum(broken, broken_here)
+        row_is_finite = tl.max(broken) == 0
+        reach = _reach(amax, tl.max(largest))
+        factor = tl.div_rn(127.0, reach)
+        for start in range(0, K, BLOCK_K):
+            k = start + columns
+            value = _gelu(tl.load(x_row + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32), GELU)
+            tl.store(codes_row + k, _codes(value, factor, row_is_finite), mask=k < K)
+    _store_scale(scales, row, reach, row_is_finite)
+
+
+@triton.jit(do_not_specialize=["rows_per_batch"])
+def norm_modulate_kernel(
+    x,
+    weight,
+    bias,
+    shift,
+    scale,
+    amax,
+    y,
+    y_scales,
+    rows_per_batch,
+    K,
+    stride_batch,
+    stride_m,
+    stride_shift,
+    stride_scale,
+    eps,
+    BLOCK_K: tl.constexpr,
+):
+    """LayerNorm and modulation of one row, ``norm(x) * (1 + scale) + shift``; quantized if ``y`` is int8. One program a
+    row, kept in registers.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    inside_batch = tl.program_id(0).to(tl.int64)
+    row = batch * rows_per_batch + inside_batch
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    value = tl.load(x + batch * stride_batch + inside_batch * stride_m + k, mask=inside, other=0).to(tl.float32)
+    mean = tl.sum(value) / K
+    centred = tl.where(inside, value - mean, 0.0)
+    value = centred * tl.rsqrt(tl.sum(centred * centred) / K + eps)
+    if weight is not None:
+        value = value * tl.load(weight + k, mask=inside, other=0).to(tl.float32)
+    if bias is not None:
+        value = value + tl.load(bias + k, mask=inside, other=0).to(tl.float32)
+    if scale is not None:
+        value = value * (1.0 + tl.load(scale + batch * stride_scale + k, mask=inside, other=0).to(tl.float32))
+    if shift is not None:
+        value = value + tl.load(shift + batch * stride_shift + k, mask=inside, other=0).to(tl.float32)
+    if y.dtype.element_ty == tl.int8:
+        magnitude, broken = _finite_magnitude(value)
+        row_is_finite = tl.max(broken) == 0
+        reach = _reach(amax, tl.max(magnitude))
+        tl.store(y + row * K + k, _codes(value, tl.div_rn(127.0, reach), row_is_finite), mask=inside)
+        _store_scale(y_scales, row, reach, row_is_finite)
+    else:
+        tl.store(y + row * K + k, value.to(y.dtype.element_ty), mask=inside)
+
+
+def specialise(columns: int) -> tuple[int, dict[str, int | bool]]:
+    """(BLOCK_K, launch options) of a kernel over rows of ``columns``."""
     block = min(triton.next_power_of_2(max(columns, 1)), MAX_ACTIVATION_BLOCK)
+    # Sixteen values a thread, which two 16-byte loads bring.
+    warps = min(max(block // 512, 1), 16)
     # A fused multiply-add would round once where the definition rounds twice.
-    return dict(HAS_AMAX=has_amax, BLOCK_K=block), dict(num_warps=4 if block <= 4096 else 8, enable_fp_fusion=False)
+    return block, dict(num_warps=warps, enable_fp_fusion=False)
 
 
-def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`ditq_kernels.reference.quantize_activation`; any strides."""
+def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        constants, options = specialise(columns, amax is not None)
+        block, options = specialise(columns)
         with launch_device(x):
             quantize_activation_kernel[(rows,)](
                 x,
                 amax,
                 codes,
                 scales,
-                rows,
                 columns,
                 x.stride(0),
                 x.stride(1),
-                **constants,
+                GELU=gelu,
+                ONE_PASS=columns <= block,
+                BLOCK_K=block,
                 **options,
             )
+    return codes, scales
+
+
+def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`ditq_kernels.reference.quantize_activation`; any strides."""
+    return _quantize(x, amax, "")
+
+
+def gelu_quantize(
+    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`ditq_kernels.reference.gelu_quantize`; any strides."""
+    return _quantize(x, amax, approximate)
+
+
+def _norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+    y_scales: torch.Tensor | None,
+) -> None:
+    batches, rows, columns = x.shape
+    if columns > MAX_ACTIVATION_BLOCK:
+        raise UnsupportedError(
+            f"norm_modulate on the triton backend takes up to {MAX_ACTIVATION_BLOCK} columns, got {columns}; "
+            "use the reference backend"
+        )
+    if not (batches and rows):
+        return
+    if x.stride(2) != 1 and columns > 1:
+        x = x.contiguous()
+    shift, scale = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
+    block, options = specialise(columns)
+    with launch_device(x):
+        norm_modulate_kernel[(rows, batches)](
+            x,
+            weight,
+            bias,
+            shift,
+            scale,
+            amax,
+            y,
+            y_scales,
+            rows,
+            columns,
+            x.stride(0),
+            x.stride(1),
+            0 if shift is None else shift.stride(0),
+            0 if scale is None else scale.stride(0),
+            eps,
+            BLOCK_K=block,
+            **options,
+        )
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.norm_modulate`.
+
+    Raises:
+        UnsupportedError: for rows of more than ``config.MAX_ACTIVATION_BLOCK`` columns.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _norm_modulate(x, weight, bias, shift, scale, None, eps, y, None)
+    return y
+
+
+def norm_modulate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`ditq_kernels.reference.norm_modulate_quantize`.
+
+    Raises:
+        UnsupportedError: for rows of more than ``config.MAX_ACTIVATION_BLOCK`` columns.
+    """
+    rows = x.shape[0] * x.shape[1]
+    codes = torch.empty((rows, x.shape[2]), dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _norm_modulate(x, weight, bias, shift, scale, amax, eps, codes, scales)
     return codes, scales

@@ -6,6 +6,7 @@ The heuristic's constants are reasoned and not measured. A table of measured win
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,27 +89,39 @@ class Config:
 # small     reads each weight once, multiplies without matrix instructions
 # in_loop   decodes the weights in the loop of the matrix product
 # int8      int8 weights as they are stored
-# expanded  decodes the weights into a scratch first, and multiplies that: as int8, or by cuBLAS in 16 bits
+# expanded  decodes the weights into a scratch first and multiplies that; by cuBLAS where no tile is given
 # cuda      the CUDA extension's kernel
-_INT8_TILES = (
+_DENSE_TILES = (
     Config("", 128, 256, 128, 8, 3),
+    Config("", 128, 256, 64, 8, 3),
     Config("", 128, 128, 128, 8, 3),
     Config("", 128, 128, 128, 8, 2),
     Config("", 128, 128, 64, 8, 3),
     Config("", 64, 128, 128, 4, 4),
     Config("", 64, 128, 128, 4, 3),
+    Config("", 64, 128, 64, 4, 4),
     Config("", 64, 64, 128, 4, 4),
     Config("", 32, 64, 128, 4, 4),
 )
 
 
-def _with(configs: tuple[Config, ...], **changes) -> tuple[Config, ...]:
-    return tuple(Config(**{**vars(config), **changes}) for config in configs)
+def _dense(route: str) -> tuple[Config, ...]:
+    """The tiles of a product of dense operands, copied by tensor descriptors and by pointers."""
+    return tuple(
+        dataclasses.replace(tile, route=route, descriptors=descriptors)
+        for descriptors in (True, False)
+        for tile in _DENSE_TILES
+    )
 
 
-_INT8 = _with(_INT8_TILES, route="int8")
 CONFIGS: dict[str, tuple[Config, ...]] = {
-    "small": (Config("small", 1, 8, 256), Config("small", 2, 16, 256), Config("small", 4, 16, 256)),
+    "small": (
+        Config("small", 1, 4, num_warps=1),
+        Config("small", 1, 8, num_warps=1),
+        Config("small", 2, 4, num_warps=1),
+        Config("small", 2, 8, num_warps=1),
+        Config("small", 4, 4, num_warps=1),
+    ),
     "in_loop": (
         Config("in_loop", 128, 128, 0, 8, 3),
         Config("in_loop", 128, 128, 0, 8, 2),
@@ -120,21 +133,28 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config("in_loop", 16, 64, 0, 4, 4),
         Config("in_loop", 16, 64, 0, 4, 2),
     ),
-    "int8": _INT8 + _with(_INT8, descriptors=True),
-    "expanded": (Config("expanded"), *_with(_INT8, route="expanded", descriptors=True), *_with(_INT8, route="expanded")),
-    "cuda": (Config("cuda"), *(Config("cuda", instance=instance) for instance in range(1, 5))),
+    "int8": _dense("int8"),
+    "expanded": (Config("expanded"), *_dense("expanded")),
+    "cuda": tuple(Config("cuda", instance=instance) for instance in range(5)),
 }
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
+OUTPUT_BYTES = 2
+BARRIER_BYTES = 64
+SWIZZLE_BYTES = 128  # the widest row of a tile in shared memory that matrix instructions read without bank conflicts
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
     """Shared memory of the loop's operands, all stages."""
+    if config.route == "small":
+        return 0
     if config.route == "in_loop":
         part = columns_per_part(problem.fmt)
         weights = config.block_n * part * (2 if problem.fmt.bits == 8 else 1)
         return config.num_stages * (2 * config.block_m * part * problem.activation_bytes + weights)
-    return config.num_stages * (config.block_m + config.block_n) * config.block_k
+    # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
+    output = config.block_m * config.block_n * OUTPUT_BYTES + BARRIER_BYTES if config.descriptors else 0
+    return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output
 
 
 def _accumulator_fits(config: Config, problem: Problem) -> bool:
@@ -146,29 +166,40 @@ def _accumulator_fits(config: Config, problem: Problem) -> bool:
     return registers <= 128
 
 
+def _route_is_valid(config: Config, problem: Problem) -> bool:
+    """Whether the route computes the problem at all."""
+    fmt, integer = problem.fmt, problem.activation_bytes == 1
+    if config.route == "small":
+        return not integer and problem.rows <= config.block_m
+    if config.route == "in_loop":
+        return True
+    if config.route == "int8":
+        return integer and fmt.bits == 8 and not fmt.promoted
+    if config.route == "expanded" and integer:
+        return fmt.two_level and config.block_m > 0  # cuBLAS would leave scales and bias to another pass
+    if config.route == "expanded":
+        return problem.activation_bytes == 2
+    return False  # the extension: no committed measurement shows it faster yet
+
+
 def is_valid(config: Config, problem: Problem) -> bool:
     """Whether ``config`` computes ``problem`` and fits its shared memory and registers."""
-    fmt, int8 = problem.fmt, problem.activation_bytes == 1
-    if config.route == "cuda":
-        return False  # no committed measurement shows the extension faster yet
-    if config.route == "small":
-        return problem.rows <= config.block_m
-    if config.route == "expanded" and not int8:
-        return config.block_m == 0 and problem.activation_bytes == 2
-    if config.route == "expanded" and (config.block_m == 0 or fmt.bits == 8 or problem.rows <= SMALL_M):
-        return False  # int8 weights need no expansion
-    if config.route == "int8" and not (int8 and fmt.bits == 8 and fmt.group is None):
+    if not _route_is_valid(config, problem):
         return False
-    if config.descriptors and (problem.capability < 90 or problem.in_features % 16):
+    if config.route == "expanded" and problem.rows <= SMALL_M:
+        return False  # the scratch would cost more than the product
+    if config.block_k * problem.activation_bytes > SWIZZLE_BYTES:
+        return False
+    if config.descriptors and (problem.capability < 90 or problem.in_features * problem.activation_bytes % 16):
         return False  # the copy engine came with sm_90, and wants rows of whole 16 bytes
-    if config.num_warps == 8 and config.block_m * config.block_n >= 128 * 256 and problem.capability not in (90, 100):
+    if config.block_m * config.block_n >= 128 * 256 and problem.capability not in (90, 100):
         return False  # accumulator, operands and addresses: only where operands are read from shared memory
     return shared_bytes(config, problem) <= shared_memory(problem.capability) and _accumulator_fits(config, problem)
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
-    """Every valid configuration, the same one once."""
-    yield from dict.fromkeys(config for route in CONFIGS.values() for config in route if is_valid(config, problem))
+    """Every valid configuration."""
+    return (config for route in CONFIGS.values() for config in route if is_valid(config, problem))
 
 
 # The heuristic's constants. None was measured.

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from .config import GRADIENT_TILE, columns_per_part, launch_device
+from .config import GRADIENT_TILE, columns_per_part
+from .device import launch_device
 from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
 from .interpreter import interpreting
 

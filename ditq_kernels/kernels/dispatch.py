@@ -1,0 +1,97 @@
+"""A product to one of the ways to compute it, by the configuration chosen for its problem or given."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from ..formats import WeightFormat
+from . import tables
+from .config import Config, Problem, row_class
+from .dense_product import dense_product
+from .device import describe, launch_device
+from .expansion import expanded_product
+from .in_loop_product import in_loop_product
+from .operands import Operands
+from .small_product import small_product
+
+# Routes that apply SiLU while they load activations; before the others it is a pass of its own.
+LOADS_WITH_SILU = ("small", "in_loop")
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: torch.device
+) -> Problem:
+    described = describe(device)
+    return Problem(
+        rows, out_features, in_features, activation_bytes, fmt, described.capability, described.multiprocessors
+    )
+
+
+def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat) -> Problem:
+    """What a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` is chosen by."""
+    rows, in_features = x.shape
+    return _problem(row_class(rows), out_features, in_features, x.element_size(), fmt, x.device)
+
+
+def _int8_product(operands: Operands, multiprocessors: int, config: Config) -> torch.Tensor:
+    y = operands.output()
+    x, sx, qweight, scale, _, bias, *_ = operands
+    dense_product(x, qweight, sx, scale, bias, y, config, multiprocessors)
+    return y
+
+
+def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
+    """[M, N] of ``operands``; ``config`` None takes the one chosen for the problem."""
+    x = operands.x
+    if not (x.shape[0] and operands.qweight.shape[0]):
+        return operands.output()
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    problem = problem_of(x, operands.qweight.shape[0], operands.fmt)
+    config = config or tables.choose(problem, describe(x.device).name)
+    if operands.silu and config.route not in LOADS_WITH_SILU:
+        x, operands = F.silu(x), operands._replace(silu=False)
+    operands = operands._replace(x=x)
+    with launch_device(x):
+        if config.route == "small":
+            return small_product(operands, config)
+        if config.route == "in_loop":
+            return in_loop_product(operands, config)
+        if config.route == "expanded":
+            return expanded_product(operands, config, problem.multiprocessors)
+        return _int8_product(operands, problem.multiprocessors, config)
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
+    return product(Operands(qx, sx.contiguous(), qweight, scale, group_code, bias, fmt, out_dtype), config)
+
+
+def linear_a16(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    silu: bool = False,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.linear_a16`; sums in fp32 over activations in their own dtype. ``config`` None
+    takes the one chosen for the problem.
+    """
+    return product(Operands(x, None, qweight, scale, group_code, bias, fmt, x.dtype, silu), config)

@@ -1,0 +1,34 @@
+"""What happens between an accumulator and the output: one function, in fp32, for every product.
+
+Whatever is to be fused behind a product (an activation function, a gate, a residual) is one more step here: it sees the
+fp32 value, and the indices of its row and output.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def epilogue(acc, sx, scale, bias, m, n, RAW: tl.constexpr):
+    """fp32 values of an accumulator whose axes ``m`` and ``n`` index (each shaped to broadcast), or int32 untouched if
+    ``RAW``. Absent parts are None: ``sx`` of activations in their own dtype, ``scale`` of weights that are scaled
+    already.
+    """
+    if RAW:
+        return acc
+    y = acc.to(tl.float32)
+    if sx is not None:
+        y = y * tl.load(sx + m)
+    if scale is not None:
+        y = y * tl.load(scale + n)
+    if bias is not None:
+        y = y + tl.load(bias + n).to(tl.float32)
+    return y
+
+
+@triton.jit
+def store_tile(y, stride_y, value, m, n, M, N):
+    """The part of a tile that lies inside ``y``, in the output's dtype; ``m`` and ``n`` as in :func:`epilogue`."""
+    tl.store(y + m.to(tl.int64) * stride_y + n, value.to(y.dtype.element_ty), mask=(m < M) & (n < N))

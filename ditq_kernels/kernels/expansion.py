@@ -1,0 +1,141 @@
+"""Products that decode their weights into a scratch first: a stretch of outputs at a time, small enough to stay in the
+L2 cache until the product reads it, and never a whole large weight.
+
+int8 activations meet the integers ``m * (u - z)``, which the scratch holds exactly. 16-bit activations meet the weight
+as a 16-bit layer would hold it: scaled and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import WeightFormat
+from ..packing import BLOCK as _BLOCK
+from .config import SCRATCH_BYTES, Config, columns_per_part
+from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, part_of_block
+from .dense_product import dense_product
+from .interpreter import interpreting
+from .operands import Operands
+
+EXPANSION_BLOCK_N = 64
+EXPANSION_WARPS = 4
+
+
+@triton.jit
+def expansion_kernel(
+    qweight,
+    scale,
+    group_code,
+    expanded,
+    first,
+    count,
+    N,
+    K,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROMOTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``expanded[i, k]``: the weight of output ``first + i``, as an integer if ``expanded`` is int8, else scaled. One
+    program decodes one part of a block of BLOCK_N outputs, both halves.
+    """
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = tl.program_id(1)
+    n = first + tl.where(row < count, row, 0)
+    low, high = load_halves(qweight, group_code, n, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED)
+    if expanded.dtype.element_ty != tl.int8:
+        if PROMOTED:
+            s_low, s_high = load_group_scales(scale, n, N, groups, step, GROUP, PART)
+        else:
+            s_low = tl.load(scale + n)
+            s_high = s_low
+        low = low.to(tl.float32) * s_low[:, None]
+        high = high.to(tl.float32) * s_high[:, None]
+    _, k = part_of_block(step, PART)
+    k = (k + tl.arange(0, PART))[None, :]
+    out = expanded + row.to(tl.int64)[:, None] * K
+    inside = (row < count)[:, None]
+    tl.store(out + k, low.to(expanded.dtype.element_ty), mask=inside & (k < K))
+    tl.store(out + k + HALF_BLOCK, high.to(expanded.dtype.element_ty), mask=inside & (k + HALF_BLOCK < K))
+
+
+def specialise(fmt: WeightFormat, in_features: int) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`expansion_kernel`."""
+    constants = dict(
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        PROMOTED=fmt.promoted,
+        EVEN_K=in_features % BLOCK.value == 0,
+        COMPILED=not interpreting(),
+        PART=columns_per_part(fmt),
+        BLOCK_N=EXPANSION_BLOCK_N,
+    )
+    return constants, dict(num_warps=EXPANSION_WARPS)
+
+
+def chunks(out_features: int, in_features: int, element_bytes: int) -> list[tuple[int, int]]:
+    """(first output, outputs) of the stretches that are decoded at a time: as few as the scratch allows, equal but for
+    the last, each a multiple of 128 outputs.
+    """
+    largest = max(_BLOCK, SCRATCH_BYTES // (in_features * element_bytes) // _BLOCK * _BLOCK)
+    pieces = -(-out_features // largest)
+    size = -(-out_features // pieces // _BLOCK) * _BLOCK
+    return [(first, min(size, out_features - first)) for first in range(0, out_features, size)]
+
+
+def expand(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    fmt: WeightFormat,
+    first: int,
+    expanded: torch.Tensor,
+) -> None:
+    """Writes ``expanded`` [count, K], contiguous: outputs ``first .. first + count - 1`` of a stored weight, as integers
+    if it is int8, else scaled and rounded to its dtype.
+    """
+    count, in_features = expanded.shape
+    constants, options = specialise(fmt, in_features)
+    parts = HALF_BLOCK.value // constants["PART"]
+    expansion_kernel[(triton.cdiv(count, EXPANSION_BLOCK_N), triton.cdiv(in_features, BLOCK.value) * parts)](
+        qweight,
+        scale,
+        group_code,
+        expanded,
+        first,
+        count,
+        qweight.shape[0],
+        in_features,
+        qweight.stride(0),
+        fmt.group_count(in_features),
+        **constants,
+        **options,
+    )
+
+
+def expanded_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
+    """[M, N]; by cuBLAS if ``config`` has no tile."""
+    x, y = operands.x, operands.output()
+    in_features = x.shape[1]
+    out_features = y.shape[1]
+    stretches = chunks(out_features, in_features, x.element_size())
+    scratch = torch.empty((stretches[0][1], in_features), dtype=x.dtype, device=x.device)
+    for first, count in stretches:
+        expand(operands.qweight, operands.scale, operands.group_code, operands.fmt, first, scratch[:count])
+        product, w = y[:, first : first + count], scratch[:count]
+        bias = None if operands.bias is None else operands.bias[first : first + count]
+        if config.block_m:
+            scale = operands.scale[first : first + count] if x.dtype == torch.int8 else None
+            dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors)
+        elif bias is None:
+            torch.mm(x, w.T, out=product)
+        else:
+            torch.addmm(bias.to(x.dtype), x, w.T, out=product)
+    return y

@@ -1,0 +1,136 @@
+"""The matrix product that decodes its weights in the loop: activations (int8, or in their own dtype) of any number of
+rows, weights of every format.
+
+The tile is computed transposed, ``[BLOCK_N, BLOCK_M]``: with the weight as the left operand, Hopper's matrix
+instruction takes the decoded weights from registers and they are never written to shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import WeightFormat
+from .config import Config, columns_per_part
+from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
+from .epilogue import epilogue, store_tile
+from .interpreter import interpreting
+from .operands import Operands
+from .silu import silu
+from .tile_order import tile_position
+
+
+@triton.jit
+def _load_activations(x_row, k, K, SILU: tl.constexpr, EVEN_K: tl.constexpr):
+    """Activations at inputs ``k``, in the shape that ``x_row + k`` has."""
+    x = tl.load(x_row + k) if EVEN_K else tl.load(x_row + k, mask=k < K, other=0)
+    return silu(x) if SILU else x
+
+
+@triton.jit(do_not_specialize=["M"])
+def in_loop_product_kernel(
+    x,
+    sx,
+    qweight,
+    scale,
+    group_code,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    stride_x,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROMOTED: tl.constexpr,
+    RAW: tl.constexpr,
+    SILU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``; one program a tile."""
+    first_m, first_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    # Rows past the end are read from row 0 and never stored: cheaper than masks in the loop.
+    m_read = tl.where(m < M, m, 0)
+    n_read = tl.where(n < N, n, 0)
+
+    integer: tl.constexpr = x.dtype.element_ty == tl.int8
+    accumulator_type: tl.constexpr = tl.int32 if integer else tl.float32
+    operand_type: tl.constexpr = matrix_operand_type(x.dtype.element_ty, COMPILED)
+    total_type: tl.constexpr = tl.float32 if PROMOTED else accumulator_type
+    x_row = x + m_read.to(tl.int64)[None, :] * stride_x
+    part = tl.arange(0, PART)[:, None]
+    total = tl.zeros([BLOCK_N, BLOCK_M], total_type)
+    for step in range(0, tl.cdiv(K, BLOCK) * (HALF_BLOCK // PART)):
+        low, high = load_halves(
+            qweight, group_code, n_read, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED
+        )
+        _, k = part_of_block(step, PART)
+        x_low = _load_activations(x_row, k + part, K, SILU, EVEN_K).to(operand_type)  # [PART, BLOCK_M]
+        x_high = _load_activations(x_row, k + part + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
+        low, high = low.to(operand_type), high.to(operand_type)
+        if PROMOTED:
+            s_low, s_high = load_group_scales(scale, n_read, N, groups, step, GROUP, PART)
+            y_low = tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee")
+            total += y_low.to(tl.float32) * s_low[:, None]
+            y_high = tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee")
+            total += y_high.to(tl.float32) * s_high[:, None]
+        else:
+            total = tl.dot(low, x_low, total, out_dtype=accumulator_type, input_precision="ieee")
+            total = tl.dot(high, x_high, total, out_dtype=accumulator_type, input_precision="ieee")
+    channel_scale = None if PROMOTED else scale
+    value = epilogue(total, sx, channel_scale, bias, m_read[None, :], n_read[:, None], RAW)
+    store_tile(y, N, value, m[None, :], n[:, None], M, N)
+
+
+def specialise(
+    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, in_features: int, silu: bool
+) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`in_loop_product_kernel`."""
+    constants = dict(
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        PROMOTED=fmt.promoted,
+        RAW=out_dtype == torch.int32,
+        SILU=silu,
+        EVEN_K=in_features % BLOCK.value == 0,
+        COMPILED=not interpreting(),
+        PART=columns_per_part(fmt),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+    )
+    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
+    """[M, N]; any M, N and K."""
+    x, fmt, y = operands.x, operands.fmt, operands.output()
+    rows, in_features = x.shape
+    out_features = y.shape[1]
+    constants, options = specialise(config, fmt, operands.out_dtype, in_features, operands.silu)
+    in_loop_product_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)](
+        x,
+        operands.sx,
+        operands.qweight,
+        operands.scale,
+        operands.group_code,
+        operands.bias,
+        y,
+        rows,
+        out_features,
+        in_features,
+        x.stride(0),
+        operands.qweight.stride(0),
+        fmt.group_count(in_features),
+        **constants,
+        **options,
+    )
+    return y
