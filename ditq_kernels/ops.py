@@ -321,3 +321,63 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
     if not x.dtype.is_floating_point:
         raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
     return torch.ops.ditq.quantize_activation(_rows(x), amax)
+
+
+def gelu_quantize(
+    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_activation` of ``gelu(x)``, which stays in fp32 between the two; for inference.
+
+    Args:
+        approximate: "none" or "tanh", as in ``torch.nn.functional.gelu``.
+
+    Raises:
+        TypeError: if ``x`` is not floating-point.
+        ValueError: for another ``approximate``.
+    """
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
+    return torch.ops.ditq.gelu_quantize(_rows(x), amax, approximate)
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """``layer_norm(x) * (1 + scale) + shift``, [B, T, K] in ``x.dtype``, in fp32 with one rounding; for inference.
+
+    Args:
+        x: [B, T, K].
+        shift, scale: [B, K], one row per sample, as adaLN makes them.
+        weight, bias: [K], of the norm.
+
+    Raises:
+        ValueError: if a part does not fit ``x``.
+        UnsupportedError: on the triton backend, for K above 16384.
+    """
+    return torch.ops.ditq.norm_modulate(x, weight, bias, shift, scale, eps)
+
+
+def norm_modulate_quantize(
+    x: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_activation` of :func:`norm_modulate`, which stays in fp32 between the two: int8 codes [B * T, K]
+    and fp32 scales [B * T].
+
+    Raises:
+        ValueError: if a part does not fit ``x``.
+        UnsupportedError: on the triton backend, for K above 16384.
+    """
+    return torch.ops.ditq.norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)

@@ -8,13 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # Left to right; modules of one layer may import each other.
 LAYERS = (
-    ("formats",),
+    ("errors", "formats"),
     ("packing",),
-    ("quantizer", "reference", "kernels"),
+    ("quantizer", "reference", "kernels", "extension"),
     ("ops",),
     ("linear",),
     ("recipes", "observation", "plan_table", "planning", "calibration", "conversion", "manifest", "checkpoint"),
-    ("integrations",),
+    ("integrations", "benchmark"),
     ("demo",),
     ("cli", "__main__"),
 )

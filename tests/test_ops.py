@@ -30,7 +30,39 @@ def test_ops_keep_their_contracts(name):
     for out_dtype in (torch.bfloat16, torch.float32):
         torch.library.opcheck(torch.ops.ditq.linear_a8, (qx, sx, *weight, bias, name, out_dtype))
     torch.library.opcheck(torch.ops.ditq.linear_a16, (x, *weight, None, name))
+    torch.library.opcheck(torch.ops.ditq.linear_a16, (x, *weight, bias, name, True))
     torch.library.opcheck(torch.ops.ditq.grad_input, (activations(5, 24, torch.float32, CPU), *weight, name, 150))
+
+
+@pytest.mark.parametrize("amax", [None, torch.tensor([3.0])], ids=["token", "static"])
+def test_fused_ops_keep_their_contracts(amax):
+    x = activations(6, 150, torch.bfloat16, CPU).unflatten(0, (2, 3))
+    shift, scale = torch.randn(2, 2, 150).to(torch.bfloat16)
+    weight, bias = torch.randn(2, 150)
+    torch.library.opcheck(torch.ops.ditq.gelu_quantize, (x.flatten(0, 1), amax, "tanh"))
+    for parts in ((None, None, None, None), (weight, bias, shift, scale)):
+        torch.library.opcheck(torch.ops.ditq.norm_modulate, (x, *parts, 1e-6))
+        torch.library.opcheck(torch.ops.ditq.norm_modulate_quantize, (x, *parts, amax, 1e-6))
+
+
+def test_fused_functions_compile():
+    x = activations(6, 64, torch.float32, CPU).unflatten(0, (2, 3))
+    shift, scale = torch.randn(2, 2, 64)
+    for function, arguments in (
+        (ops.gelu_quantize, (x, None, "tanh")),
+        (ops.norm_modulate, (x, shift, scale)),
+        (ops.norm_modulate_quantize, (x, shift, scale)),
+    ):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        actual, expected = (f(*arguments) for f in (compiled, function))
+        if isinstance(expected, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_codes_are_not_activations():
+    with pytest.raises(TypeError, match=r"must be floating-point, got torch\.int8"):
+        ops.gelu_quantize(torch.zeros(2, 4, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("scheme", SAMPLES)

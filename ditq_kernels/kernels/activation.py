@@ -17,7 +17,7 @@ SMALLEST_AMAX = tl.constexpr(2.0**-100)
 # Adding and subtracting 1.5 * 2**23 rounds a small fp32 number to an integer, ties to even, without a library call.
 ROUNDING_OFFSET = tl.constexpr(12582912.0)
 ONE_OVER_SQRT_2 = tl.constexpr(0.7071067811865476)
-TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+MINUS_TWO_SQRT_2_OVER_PI = tl.constexpr(-1.5957691216057308)
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
@@ -28,7 +28,7 @@ def _gelu(x, GELU: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * ONE_OVER_SQRT_2))
     elif GELU == "tanh":
         # (1 + tanh(u)) / 2 is the logistic function of 2 u.
-        return x * tl.sigmoid(TWO_SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
+        return x / (1.0 + tl.exp((x + x * x * x * GELU_CUBIC) * MINUS_TWO_SQRT_2_OVER_PI))
     else:
         return x
 

@@ -34,7 +34,7 @@ def row_class(rows: int) -> int:
 
 
 def columns_per_part(fmt: WeightFormat) -> int:
-    """Columns of a half-block that one loop step handles: all 64, or as many as lie in one group."""
+    """Columns of a half-block that one matrix product takes: all 64, or as many as lie in one group."""
     return min(HALF_BLOCK, fmt.group or HALF_BLOCK)
 
 
@@ -128,10 +128,8 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config("in_loop", 64, 128, 0, 4, 3),
         Config("in_loop", 64, 128, 0, 8, 2),
         Config("in_loop", 64, 64, 0, 4, 4),
-        Config("in_loop", 64, 64, 0, 4, 2),
         Config("in_loop", 32, 64, 0, 4, 4),
         Config("in_loop", 16, 64, 0, 4, 4),
-        Config("in_loop", 16, 64, 0, 4, 2),
     ),
     "int8": _dense("int8"),
     "expanded": (Config("expanded"), *_dense("expanded")),
@@ -141,6 +139,8 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
 OUTPUT_BYTES = 2
 BARRIER_BYTES = 64
+WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory
+WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 SWIZZLE_BYTES = 128  # the widest row of a tile in shared memory that matrix instructions read without bank conflicts
 
 
@@ -149,21 +149,29 @@ def shared_bytes(config: Config, problem: Problem) -> int:
     if config.route == "small":
         return 0
     if config.route == "in_loop":
-        part = columns_per_part(problem.fmt)
-        weights = config.block_n * part * (2 if problem.fmt.bits == 8 else 1)
-        return config.num_stages * (2 * config.block_m * part * problem.activation_bytes + weights)
+        weights = config.block_n * HALF_BLOCK * (2 if problem.fmt.bits == 8 else 1)
+        return config.num_stages * (2 * config.block_m * HALF_BLOCK * problem.activation_bytes + weights)
     # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
     output = config.block_m * config.block_n * OUTPUT_BYTES + BARRIER_BYTES if config.descriptors else 0
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output
 
 
-def _accumulator_fits(config: Config, problem: Problem) -> bool:
-    registers = config.block_m * config.block_n // (32 * config.num_warps)
-    if config.route == "in_loop" and problem.fmt.promoted:
-        registers *= 2  # the partial sum beside the total
+def _registers_suffice(config: Config, problem: Problem) -> bool:
+    """Whether accumulators and what must stand beside them fit a thread's registers: as `ditq inspect` saw them do."""
+    if config.route == "small":
+        return True
+    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    warpgroups = problem.capability in WARPGROUP_CAPABILITIES
+    if config.route != "in_loop":
+        return accumulators <= (128 if warpgroups else 64)
+    # Decoded in the loop. Without warpgroup instructions the activations pass through registers as well.
+    if problem.fmt.promoted:
+        accumulators *= 2  # the partial sum beside the total
         if problem.activation_bytes > 1:
-            registers *= 2  # and wider operands beside both: at 128 x 128 with 8 warps, sm_120 spills
-    return registers <= 128
+            accumulators *= 2 if warpgroups or config.block_n <= 64 else 4
+    elif problem.fmt.bits == 4 and not warpgroups and config.num_stages > 2:
+        accumulators *= 2
+    return accumulators <= (128 if warpgroups or problem.fmt.promoted else 64)
 
 
 def _route_is_valid(config: Config, problem: Problem) -> bool:
@@ -192,9 +200,14 @@ def is_valid(config: Config, problem: Problem) -> bool:
         return False
     if config.descriptors and (problem.capability < 90 or problem.in_features * problem.activation_bytes % 16):
         return False  # the copy engine came with sm_90, and wants rows of whole 16 bytes
-    if config.block_m * config.block_n >= 128 * 256 and problem.capability not in (90, 100):
-        return False  # accumulator, operands and addresses: only where operands are read from shared memory
-    return shared_bytes(config, problem) <= shared_memory(problem.capability) and _accumulator_fits(config, problem)
+    if config.block_k and config.block_m < WARPGROUP_ROWS and problem.capability == 90:
+        return False  # the older matrix instruction reaches three quarters of Hopper's rate
+    decodes_to_16_bits = config.route == "in_loop" and problem.fmt.bits == 4 and problem.activation_bytes > 1
+    if decodes_to_16_bits and config.block_m > 64 and problem.capability == 100:
+        return False  # spills, and with groups of 32 Triton 3.7 leaves out the whole product
+    if config.block_m * config.block_n >= 128 * 256 and problem.capability == 100 and not config.descriptors:
+        return False  # addresses and masks are too many for the registers
+    return shared_bytes(config, problem) <= shared_memory(problem.capability) and _registers_suffice(config, problem)
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
@@ -203,29 +216,38 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 # The heuristic's constants. None was measured.
-EDGE_COST = 32.0  # a tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products
-DECODE_COST = 0.25  # of decoding in the loop, beside the product of one row tile of 128
-EXPANSION_ROWS = 128.0  # decoding into the scratch costs as much as this many rows of the product
+EDGE_COST = (
+    32.0  # a tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products
+)
+DECODE_COST = {1: 0.12, 2: 0.5, 4: 0.0}  # share that decoding in the loop adds, by the activations' bytes
+EXPANSION_ROWS = 245.0  # decoding into the scratch costs as much as this many rows of the product
 POINTER_COST = 1.05  # of pointers where the copy engine is at hand
-CUBLAS_TILE = (128, 256)
+# cuBLAS has tiles of many shapes and picks one itself; kernels of its makers are taken to be this much faster than ours.
+CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
+CUBLAS_COST = 0.9
+
+
+def _tiled_cost(block_m: int, block_n: int, problem: Problem) -> float:
+    """Waves of tiles over the multiprocessors, times what a tile costs."""
+    tiles = -(-problem.rows // block_m) * -(-problem.out_features // block_n)
+    waves = -(-tiles // problem.multiprocessors)
+    return waves * block_m * block_n * (1 + EDGE_COST * (1 / block_m + 1 / block_n))
 
 
 def estimate(config: Config, problem: Problem) -> float:
-    """The heuristic's figure for the duration, comparable among the configurations of one problem: waves of tiles over
-    the multiprocessors, times what a tile costs.
-    """
+    """The heuristic's figure for the duration, comparable among the configurations of one problem."""
     if config.route == "small":
         return 0.0  # where it is valid, nothing reads the weights faster
-    block_m, block_n = (config.block_m, config.block_n) if config.block_m else CUBLAS_TILE
-    tiles = -(-problem.rows // block_m) * -(-problem.out_features // block_n)
-    waves = -(-tiles // problem.multiprocessors)
-    cost = waves * block_m * block_n * (1 + EDGE_COST * (1 / block_m + 1 / block_n))
+    if config.block_m:
+        cost = _tiled_cost(config.block_m, config.block_n, problem)
+        if problem.capability >= 90 and not config.descriptors:
+            cost *= POINTER_COST
+    else:
+        cost = CUBLAS_COST * min(_tiled_cost(*tile, problem) for tile in CUBLAS_TILES)
     if config.route == "expanded":
         cost += EXPANSION_ROWS * problem.out_features / problem.multiprocessors
-    elif config.route == "in_loop" and problem.fmt.name != "w8":
-        cost *= 1 + DECODE_COST
-    if problem.capability >= 90 and config.block_k and not config.descriptors:
-        cost *= POINTER_COST
+    elif config.route == "in_loop" and (problem.fmt.bits == 4 or problem.activation_bytes > 1):
+        cost *= 1 + DECODE_COST[problem.activation_bytes]
     return cost - 1e-3 * config.num_stages  # deeper pipelines first
 
 

@@ -23,7 +23,16 @@ DESCRIPTOR_ALIGNMENT = 16  # bytes, of the first element
 
 @triton.jit
 def _load_operand(
-    operand, stride, first, k, limit, K, DESCRIPTORS: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+    operand,
+    stride,
+    first,
+    k,
+    limit,
+    K,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """[ROWS, BLOCK_K] of ``operand`` from row ``first`` and input ``k``; zeros past K, anything past ``limit`` rows."""
     if DESCRIPTORS:

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..formats import WeightFormat
 from ..packing import BLOCK as _BLOCK
 from .config import SCRATCH_BYTES, Config, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, part_of_block
+from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, part_of_block
 from .dense_product import dense_product
 from .interpreter import interpreting
 from .operands import Operands
@@ -49,10 +49,11 @@ def expansion_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)
     n = first + tl.where(row < count, row, 0)
-    low, high = load_halves(qweight, group_code, n, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED)
+    p_low, p_high = load_group_parameters(scale, group_code, n, N, groups, step, BITS, GROUP, PROMOTED, PART)
+    low, high = load_halves(qweight, n, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
     if expanded.dtype.element_ty != tl.int8:
         if PROMOTED:
-            s_low, s_high = load_group_scales(scale, n, N, groups, step, GROUP, PART)
+            s_low, s_high = p_low, p_high
         else:
             s_low = tl.load(scale + n)
             s_high = s_low

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..formats import WeightFormat
 from .config import GRADIENT_TILE, columns_per_part
 from .device import launch_device
-from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
+from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .interpreter import interpreting
 
 
@@ -47,11 +47,10 @@ def grad_input_kernel(
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
         n_read = tl.where(inside, n, 0)
-        low, high = load_halves(
-            qweight, group_code, n_read, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED
-        )
+        p_low, p_high = load_group_parameters(scale, group_code, n_read, N, groups, step, BITS, GROUP, PROMOTED, PART)
+        low, high = load_halves(qweight, n_read, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
         if PROMOTED:
-            s_low, s_high = load_group_scales(scale, n_read, N, groups, step, GROUP, PART)
+            s_low, s_high = p_low, p_high
         else:
             s_low = tl.load(scale + n_read)
             s_high = s_low

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..formats import WeightFormat
 from .config import Config, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_scales, load_halves, matrix_operand_type, part_of_block
+from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
 from .operands import Operands
@@ -22,9 +22,9 @@ from .tile_order import tile_position
 
 
 @triton.jit
-def _load_activations(x_row, k, K, SILU: tl.constexpr, EVEN_K: tl.constexpr):
-    """Activations at inputs ``k``, in the shape that ``x_row + k`` has."""
-    x = tl.load(x_row + k) if EVEN_K else tl.load(x_row + k, mask=k < K, other=0)
+def _load_activations(pointer, k, K, SILU: tl.constexpr, EVEN_K: tl.constexpr):
+    """Activations at inputs ``k``, which ``pointer`` points to, in its shape."""
+    x = tl.load(pointer) if EVEN_K else tl.load(pointer, mask=k < K, other=0)
     return silu(x) if SILU else x
 
 
@@ -68,24 +68,29 @@ def in_loop_product_kernel(
     total_type: tl.constexpr = tl.float32 if PROMOTED else accumulator_type
     x_row = x + m_read.to(tl.int64)[None, :] * stride_x
     part = tl.arange(0, PART)[:, None]
+    PARTS: tl.constexpr = HALF_BLOCK // PART
     total = tl.zeros([BLOCK_N, BLOCK_M], total_type)
-    for step in range(0, tl.cdiv(K, BLOCK) * (HALF_BLOCK // PART)):
-        low, high = load_halves(
-            qweight, group_code, n_read, N, K, row_bytes, groups, step, BITS, GROUP, PART, EVEN_K, COMPILED
-        )
-        _, k = part_of_block(step, PART)
-        x_low = _load_activations(x_row, k + part, K, SILU, EVEN_K).to(operand_type)  # [PART, BLOCK_M]
-        x_high = _load_activations(x_row, k + part + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
-        low, high = low.to(operand_type), high.to(operand_type)
-        if PROMOTED:
-            s_low, s_high = load_group_scales(scale, n_read, N, groups, step, GROUP, PART)
-            y_low = tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee")
-            total += y_low.to(tl.float32) * s_low[:, None]
-            y_high = tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee")
-            total += y_high.to(tl.float32) * s_high[:, None]
-        else:
-            total = tl.dot(low, x_low, total, out_dtype=accumulator_type, input_precision="ieee")
-            total = tl.dot(high, x_high, total, out_dtype=accumulator_type, input_precision="ieee")
+    for block in range(0, tl.cdiv(K, BLOCK)):
+        for inside in tl.static_range(PARTS):
+            step = block * PARTS + inside
+            p_low, p_high = load_group_parameters(
+                scale, group_code, n_read, N, groups, step, BITS, GROUP, PROMOTED, PART
+            )
+            low, high = load_halves(qweight, n_read, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
+            _, k = part_of_block(step, PART)
+            k += part
+            x_k = x_row + k  # the high half's address differs by a constant, which the load instruction adds
+            x_low = _load_activations(x_k, k, K, SILU, EVEN_K).to(operand_type)  # [PART, BLOCK_M]
+            x_high = _load_activations(x_k + HALF_BLOCK, k + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
+            low, high = low.to(operand_type), high.to(operand_type)
+            if PROMOTED:
+                y_low = tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee")
+                total += y_low.to(tl.float32) * p_low[:, None]
+                y_high = tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee")
+                total += y_high.to(tl.float32) * p_high[:, None]
+            else:
+                total = tl.dot(low, x_low, total, out_dtype=accumulator_type, input_precision="ieee")
+                total = tl.dot(high, x_high, total, out_dtype=accumulator_type, input_precision="ieee")
     channel_scale = None if PROMOTED else scale
     value = epilogue(total, sx, channel_scale, bias, m_read[None, :], n_read[:, None], RAW)
     store_tile(y, N, value, m[None, :], n[:, None], M, N)

@@ -1,53 +1,59 @@
-"""Compile the kernels for any NVIDIA architecture, with no GPU present, and read the machine code.
-
-    python -m ditq_kernels.kernels.machine_code --arch 90
+"""Compile a kernel for any NVIDIA architecture, with no GPU present, and read its machine code.
 
 Needs a process without ``TRITON_INTERPRET``; the disassembler comes with Triton.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..formats import WEIGHT_FORMATS
-from . import activation, gradient, product
 from .config import SHARED_MEMORY
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
-# One format for each way through the decoders: whole-channel and grouped 8 bits, 4 bits with one group and with two
-# groups to a half-block.
-FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g32")
-EVEN_WIDTH, RAGGED_WIDTH = 1152, 1136
-# (M, K): the smallest and largest small-M forms, and the largest tile with and without masks along K.
-SIZES = ((1, EVEN_WIDTH), (16, RAGGED_WIDTH), (4096, EVEN_WIDTH), (4096, RAGGED_WIDTH))
-# The tensor cores' integer (I), 16-bit (H) and 8-bit float (Q) instructions: mma.sync, wgmma (G) and tcgen05 (UTC).
-_MATRIX_INSTRUCTION = re.compile(r"\b((?:UTC)?[HIQ]G?MMA[\w.]*)")
-_POINTERS = {torch.int8: "*i8", torch.uint8: "*u8", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-_UNALIGNED = ("M", "groups", "stride_k")  # integer arguments that need not be multiples of 16
+# Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
+# the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
+MACS_PER_CLOCK: dict[int, tuple[int | None, int | None]] = {
+    80: (2048, 1024),
+    89: (1024, 512),
+    90: (4096, 2048),
+    100: (None, 4096),
+    120: (1024, 512),
+}
+SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp per clock
+WARPGROUP_WARPS = 4
+# The tensor cores' integer (I) and 16-bit (H) instructions: mma.sync, wgmma (G) and tcgen05 (UTC).
+_MATRIX = re.compile(r"^(UTC[IHQ]MMA|[IHQ]GMMA|[IHQ]MMA)\b")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?)([A-Z][^;]*);")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel in one compiled form: dtypes of its pointers (None for absent ones), constants and launch options."""
+    """One kernel in one compiled form.
+
+    Attributes:
+        types: Triton types of the arguments that are no plain integers, such as "*bf16"; None for absent ones.
+        constants, options: compile-time constants and launch options.
+        matrix: "int8" or "float" if the kernel has a matrix product of such operands.
+        decodes: whether it decodes weights right before the product.
+        issue_budget: the most issue slots per matrix clock that its loop may take, where one was set.
+    """
 
     name: str
     kernel: triton.JITFunction
-    pointers: dict[str, torch.dtype | None]
-    constants: dict[str, int | bool]
+    types: dict[str, str | None]
+    constants: dict[str, int | bool | str]
     options: dict[str, int | bool]
+    matrix: str | None = None
+    decodes: bool = False
+    issue_budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,14 @@ class MachineCode:
     Attributes:
         registers: per thread.
         spills: instructions that read or write thread-local memory.
-        shared: bytes of shared memory per thread block.
+        shared: bytes of shared memory per thread block; ``shared_limit``: what the architecture has.
         matrix_instructions: mnemonics of the matrix instructions, in order of appearance.
+        left_operand: where the matrix instructions take their left operand from: "registers", "shared" or None.
+        loop_instructions: in one turn of the loop around the matrix instructions; None without such a loop.
+        issue_slots: issue slots per matrix clock, ``loop_instructions * warps / 4 / matrix_clocks``: the four schedulers
+            of a multiprocessor issue that many instructions while its matrix units work ``matrix_clocks``, the loop's
+            multiply-accumulates over the architecture's rate (:data:`MACS_PER_CLOCK`). Below 1 the matrix units can be
+            the limit; None where the rate or the instruction's size is unknown.
     """
 
     name: str
@@ -66,98 +78,141 @@ class MachineCode:
     registers: int
     spills: int
     shared: int
+    shared_limit: int
     matrix_instructions: tuple[str, ...]
+    left_operand: str | None
+    loop_instructions: int | None
+    issue_slots: float | None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly."""
+
+    address: int
+    predicated: bool
+    text: str
 
     @property
-    def fits(self) -> bool:
-        """Whether the shared memory is within the architecture's limit."""
-        return self.shared <= SHARED_MEMORY[self.arch]
+    def name(self) -> str:
+        return self.text.split()[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        return _MATRIX.match(self.text) is not None
+
+    @property
+    def branch_target(self) -> int | None:
+        found = re.match(r"BRA\b.*?(0x[0-9a-f]+)", self.text)
+        return int(found.group(1), 16) if found else None
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of a matrix instruction: per warp, of wgmma per warpgroup; None if it does not say."""
+        wide = re.match(r"[IHQ]GMMA\.(\d+)x(\d+)x(\d+)", self.text)
+        if wide:
+            m, n, k = map(int, wide.groups())
+            return m * n * k
+        narrow = re.match(r"[IHQ]MMA\.(16)(8)(\d+)", self.text)
+        if narrow:
+            m, n, k = map(int, narrow.groups())
+            return m * n * k
+        return None
+
+    @property
+    def left_operand(self) -> str | None:
+        """ "registers" or "shared" of a wgmma; mma.sync always takes registers; tcgen05 is not read."""
+        if re.match(r"[IHQ]GMMA", self.text):
+            return "registers" if re.match(r"\S+ R\d+, R\d+", self.text) else "shared"
+        return "registers" if re.match(r"[IHQ]MMA", self.text) else None
 
 
-def variants(arch: int) -> Iterator[Variant]:
-    """The compiled forms that a product on ``arch`` may take."""
-    for static in (False, True):
-        constants, options = activation.specialise(EVEN_WIDTH, static)
-        pointers = dict(
-            x=torch.bfloat16, amax=torch.float32 if static else None, codes=torch.int8, scales=torch.float32
-        )
-        yield Variant(
-            f"quantize {'static' if static else 'per token'}",
-            activation.quantize_activation_kernel,
-            pointers,
-            constants,
-            options,
-        )
-    for name in FORMATS:
-        fmt = WEIGHT_FORMATS[name]
-        code = torch.uint8 if fmt.two_level else None
-        weight = dict(qweight=torch.uint8 if fmt.bits == 4 else torch.int8, scale=torch.float32, group_code=code)
-        for x_dtype in (torch.int8, torch.bfloat16):
-            for rows, width in SIZES:
-                kernel, constants, options = product.specialise(x_dtype, torch.bfloat16, fmt, rows, width, True, arch)
-                sx = torch.float32 if x_dtype == torch.int8 else None
-                pointers = dict(x=x_dtype, sx=sx, **weight, bias=torch.bfloat16, y=torch.bfloat16)
-                label = f"{name} x {'int8' if sx else 'bf16'} M={rows} K={width}"
-                yield Variant(label, kernel, pointers, constants, options)
-        constants, options = gradient.specialise(fmt, EVEN_WIDTH)
-        pointers = dict(grad=torch.bfloat16, **weight, grad_x=torch.bfloat16)
-        yield Variant(f"{name} gradient", gradient.grad_input_kernel, pointers, constants, options)
+def instructions(listing: str) -> list[Instruction]:
+    """The instructions of a ``cuobjdump -sass`` listing, in order."""
+    return [Instruction(int(at, 16), bool(guard), text) for at, guard, text in _INSTRUCTION.findall(listing)]
+
+
+def main_loop(code: list[Instruction]) -> list[Instruction] | None:
+    """One turn of the loop around the matrix instructions: from the target of the first backward branch that spans
+    some, to that branch. Stretches that a conditional branch can skip and that hold no matrix instruction are left
+    out: in a persistent kernel they are the epilogue, which runs once a tile.
+    """
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    for end, instruction in enumerate(code):
+        start = index.get(instruction.branch_target, end + 1)
+        if start > end or not any(inside.is_matrix for inside in code[start : end + 1]):
+            continue
+        turn, i = [], start
+        while i <= end:
+            turn.append(code[i])
+            target = index.get(code[i].branch_target, 0)
+            skips = code[i].predicated and i < target <= end and not any(x.is_matrix for x in code[i + 1 : target])
+            i = target if skips else i + 1
+        return turn
+    return None
+
+
+def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
+    """See :attr:`MachineCode.issue_slots`."""
+    matrix = [instruction for instruction in turn if instruction.is_matrix]
+    rate = MACS_PER_CLOCK[arch]["IH".index(matrix[0].name[0])] if matrix[0].name[0] in "IH" else None
+    macs = [instruction.macs for instruction in matrix]
+    if rate is None or None in macs:
+        return None
+    groups = warps / WARPGROUP_WARPS if "GMMA" in matrix[0].name else warps
+    return round(len(turn) * warps / SCHEDULERS / (sum(macs) * groups / rate), 3)
 
 
 def _tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def compile_variant(variant: Variant, arch: int) -> MachineCode:
-    """Compile ``variant`` for ``arch`` (10 * major + minor) and read its machine code."""
+def _source(variant: Variant) -> ASTSource:
+    """The kernel with typed arguments: pointers and integers are multiples of 16 unless the kernel says otherwise."""
     signature: dict[str, str] = {}
-    constants: dict[str, int | bool | None] = dict(variant.constants)
-    aligned = {}
-    for index, name in enumerate(variant.kernel.arg_names):
-        if name in constants or variant.pointers.get(name, 0) is None:
+    constants: dict[str, int | bool | str | None] = dict(variant.constants)
+    attributes = {}
+    for index, parameter in enumerate(variant.kernel.params):
+        name = parameter.name
+        kind = variant.types.get(name, "i32")
+        if name in constants or kind is None:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
+        elif name == "stride_k":
+            signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = _POINTERS[variant.pointers[name]] if name in variant.pointers else "i32"
-            if name == "stride_k":
-                signature[name], constants[name] = "constexpr", 1
-            elif name not in _UNALIGNED:
-                aligned[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+            signature[name] = kind
+            aligned = kind == "i32" or kind.startswith("*")
+            if aligned and not parameter.do_not_specialize and name != "groups":
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(variant.kernel, signature, constants, attributes)
+
+
+def compile_variant(variant: Variant, arch: int) -> MachineCode:
+    """Compile ``variant`` for ``arch`` (10 * major + minor) and read its machine code."""
+    compiled = triton.compile(_source(variant), target=GPUTarget("cuda", arch, 32), options=variant.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         dump = [_tool("cuobjdump"), "-sass", "-res-usage", file.name]
         listing = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    code = instructions(listing)
+    matrix = [instruction for instruction in code if instruction.is_matrix]
+    turn = main_loop(code)
     return MachineCode(
         name=variant.name,
         arch=arch,
         registers=int(re.search(r"REG:(\d+)", listing).group(1)),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        spills=sum(instruction.name.split(".")[0] in ("LDL", "STL") for instruction in code),
         shared=compiled.metadata.shared,
-        matrix_instructions=tuple(dict.fromkeys(_MATRIX_INSTRUCTION.findall(listing))),
+        shared_limit=SHARED_MEMORY[arch],
+        matrix_instructions=tuple(dict.fromkeys(instruction.name for instruction in matrix)),
+        left_operand=matrix[0].left_operand if matrix else None,
+        loop_instructions=len(turn) if turn else None,
+        issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--json", action="store_true", help="one JSON object per compiled kernel")
-    args = parser.parse_args()
-    for arch in args.arch:
-        for variant in variants(arch):
-            code = compile_variant(variant, arch)
-            if args.json:
-                print(json.dumps(dataclasses.asdict(code)), flush=True)
-            else:
-                matrix = " ".join(code.matrix_instructions) or "-"
-                print(
-                    f"sm_{arch} {code.name:32} {code.registers:4} registers {code.spills:4} spills "
-                    f"{code.shared:7} B shared  {matrix}",
-                    flush=True,
-                )
-
-
-if __name__ == "__main__":
-    main()
+def with_blocks(variant: Variant, **constants: int) -> Variant:
+    """``variant`` with other compile-time constants."""
+    return dataclasses.replace(variant, constants={**variant.constants, **constants})

@@ -166,9 +166,7 @@ def small_product_kernel(
     store_tile(y, N, value, m[:, None], n[None, :], M, N)
 
 
-def specialise(
-    config: Config, fmt: WeightFormat, silu: bool
-) -> tuple[dict[str, int | bool], dict[str, int]]:
+def specialise(config: Config, fmt: WeightFormat, silu: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
     """(compile-time constants, launch options) of :func:`small_product_kernel`."""
     constants = dict(
         BITS=fmt.bits,

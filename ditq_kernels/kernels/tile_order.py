@@ -9,9 +9,7 @@ TILES_PER_GROUP = 8  # tiles of M that share one column of weight tiles before t
 
 
 @triton.jit
-def tile_position(
-    tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEIGHT: tl.constexpr = TILES_PER_GROUP
-):
+def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEIGHT: tl.constexpr = TILES_PER_GROUP):
     """(row, output) at which tile number ``tile`` begins. Tiles that run at the same time form a compact patch, so that
     they find each other's operands in the L2 cache.
     """

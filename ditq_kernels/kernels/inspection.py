@@ -1,0 +1,101 @@
+"""``ditq inspect``: every shipped form of every kernel, compiled for architectures that need not be present, and held to
+what its machine code must be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from tqdm import tqdm
+
+from .machine_code import MachineCode, Variant, compile_variant
+from .shipped import variants
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+# The matrix instructions of int8 and of 16-bit operands: mma.sync, and Hopper's wgmma. Datacenter Blackwell's tcgen05
+# has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
+MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
+    80: {"int8": ("IMMA",), "float": ("HMMA",)},
+    89: {"int8": ("IMMA",), "float": ("HMMA",)},
+    90: {"int8": ("IGMMA",), "float": ("HGMMA",)},
+    100: {"int8": ("IMMA",), "float": ("UTCHMMA",)},
+    120: {"int8": ("IMMA",), "float": ("HMMA",)},
+}
+
+
+def failures(variant: Variant, code: MachineCode) -> list[str]:
+    """What is wrong with the machine code of ``variant``, a clause each; empty if nothing is."""
+    wrong = []
+    if code.spills:
+        wrong.append(f"{code.spills} spill instructions")
+    if code.shared > code.shared_limit:
+        wrong.append(f"{code.shared} B of shared memory, more than {code.shared_limit}")
+    found = {instruction.split(".")[0] for instruction in code.matrix_instructions}
+    wanted = set(MATRIX_INSTRUCTIONS[code.arch][variant.matrix]) if variant.matrix else set()
+    if found != wanted:
+        wrong.append(f"matrix instructions {sorted(found) or 'none'}, not {sorted(wanted) or 'none'}")
+    if variant.decodes and code.arch == 90 and code.left_operand != "registers":
+        wrong.append("the decoded weight does not come from registers")
+    if variant.issue_budget and code.issue_slots is not None and code.issue_slots > variant.issue_budget:
+        wrong.append(f"{code.issue_slots} issue slots per matrix clock, more than {variant.issue_budget}")
+    return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The machine code of one form, and what is wrong with it."""
+
+    code: MachineCode
+    failures: tuple[str, ...]
+
+
+def inspect_variant(variant: Variant, arch: int) -> Finding:
+    """Compile one form for ``arch`` and judge it."""
+    code = compile_variant(variant, arch)
+    return Finding(code, tuple(failures(variant, code)))
+
+
+def _inspect_index(index: int, arch: int) -> Finding:
+    """The ``index``-th form of ``arch``: a number crosses to another process where a kernel could not."""
+    return inspect_variant(list(variants(arch))[index], arch)
+
+
+def inspect(architectures: Iterable[int], workers: int | None = None) -> Iterator[Finding]:
+    """Findings of every shipped form for ``architectures`` (10 * major + minor), in order, compiled by ``workers``
+    processes (default: one a core).
+    """
+    jobs = [(index, arch) for arch in architectures for index, _ in enumerate(variants(arch))]
+    workers = workers or os.cpu_count() or 1
+    environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
+    try:
+        with (
+            ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+            tqdm(total=len(jobs), desc="compiling", unit="kernel", leave=False) as bar,
+        ):
+            for finding in pool.map(_inspect_index, *zip(*jobs, strict=True)):
+                bar.update()
+                yield finding
+    finally:
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+def line(finding: Finding) -> str:
+    """The finding as a row of a table."""
+    code = finding.code
+    loop = "-" if code.loop_instructions is None else str(code.loop_instructions)
+    slots = "-" if code.issue_slots is None else f"{code.issue_slots:.2f}"
+    matrix = " ".join(code.matrix_instructions) or "-"
+    operand = f" ({code.left_operand})" if code.left_operand else ""
+    verdict = "ok" if not finding.failures else "FAILS: " + "; ".join(finding.failures)
+    return (
+        f"sm_{code.arch:<4}{code.name:62}{code.registers:5}{code.spills:7}{code.shared:8}{loop:>6}{slots:>7}  "
+        f"{matrix}{operand}  {verdict}"
+    )
+
+
+HEADER = f"{'arch':7}{'kernel':62}{'regs':>5}{'spills':>7}{'shared':>8}{'loop':>6}{'slots':>7}  matrix instruction"

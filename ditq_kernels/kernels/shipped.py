@@ -1,0 +1,153 @@
+"""Every compiled form in which the kernels may run on an architecture, as far as machine code can differ: what
+``ditq inspect`` and its tests walk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ..formats import WEIGHT_FORMATS, WeightFormat
+from . import activation, dense_product, expansion, gradient, in_loop_product, small_product
+from .config import CONFIGS, Config, Problem, is_valid
+from .machine_code import Variant
+
+# One format for each way through a family's code: whole-channel and grouped 8 bits; 4 bits with one group to a block,
+# one to a half-block, and two. Other formats differ in the value of a divisor.
+FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g64", "w4_g32")
+SMALL_FORMATS = ("w8", "w8_g128", "w4_g128")
+EVEN_WIDTH, RAGGED_WIDTH = 3072, 1136
+MANY_ROWS = 4096
+MULTIPROCESSORS = 132  # any number: it decides which configuration is chosen, not which are valid
+ACTIVATION_TYPES = {1: "i8", 2: "bf16"}
+# Of 4-bit weights with int8 activations and 128 x 128 tiles: decoding must hide behind the matrix units. Groups of 32
+# have four bytes to unpack in each block of 128 inputs, where groups of 128 have one.
+ISSUE_BUDGETS = {"w4_g128": 0.7, "w4_g64": 0.7, "w4_g32": 0.9}
+# (K, GELU) of the quantizer, and K of the norm: one and several rows of registers a thread, and more than a block.
+QUANTIZED_ROWS = ((1152, ""), (3072, ""), (20000, ""), (4608, "tanh"), (12288, "none"))
+NORM_WIDTHS = (1152, 3072)
+
+
+def _weight_types(fmt: WeightFormat) -> dict[str, str | None]:
+    return dict(qweight="*u8" if fmt.bits == 4 else "*i8", scale="*fp32", group_code="*u8" if fmt.two_level else None)
+
+
+def _problem(fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS) -> Problem:
+    return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS)
+
+
+def _in_loop(fmt: WeightFormat, arch: int) -> Iterator[Variant]:
+    for activation_bytes, kind in ACTIVATION_TYPES.items():
+        valid = [c for c in CONFIGS["in_loop"] if is_valid(c, _problem(fmt, activation_bytes, arch))]
+        # Masks along K and SiLU change the loads and not the tiles: one form of each will do.
+        forms = [(config, EVEN_WIDTH, False) for config in valid] + [(valid[0], RAGGED_WIDTH, False)]
+        forms += [(valid[-1], EVEN_WIDTH, True)] if kind != "i8" else []
+        for config, width, silu in forms:
+            constants, options = in_loop_product.specialise(config, fmt, torch.bfloat16, width, silu)
+            types = dict(
+                x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias="*bf16", y="*bf16", **_weight_types(fmt)
+            )
+            large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH
+            yield Variant(
+                f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}",
+                in_loop_product.in_loop_product_kernel,
+                types,
+                constants,
+                options,
+                matrix="int8" if kind == "i8" else "float",
+                decodes=fmt.bits == 4 or kind != "i8",
+                issue_budget=ISSUE_BUDGETS.get(fmt.name) if large and kind == "i8" else None,
+            )
+
+
+def _small(fmt: WeightFormat) -> Iterator[Variant]:
+    for config in CONFIGS["small"]:
+        for silu in (False, True) if config is CONFIGS["small"][-1] else (False,):
+            constants, options = small_product.specialise(config, fmt, silu)
+            types = dict(x="*bf16", bias="*bf16", y="*bf16", **_weight_types(fmt))
+            name = f"{fmt.name} x bf16 {config}{' silu' if silu else ''}"
+            yield Variant(name, small_product.small_product_kernel, types, constants, options)
+
+
+def _dense(arch: int) -> Iterator[Variant]:
+    """The int8 product, of weights as stored and of expanded ones, and the 16-bit product of expanded ones."""
+    problems = {"int8": _problem(WEIGHT_FORMATS["w8"], 1, arch), "expanded": _problem(WEIGHT_FORMATS["w8"], 2, arch)}
+    for route, problem in problems.items():
+        kind = ACTIVATION_TYPES[problem.activation_bytes]
+        valid = [config for config in CONFIGS[route] if config.block_m and is_valid(config, problem)]
+        pointers = next(config for config in valid if not config.descriptors)
+        for config, width in [(config, EVEN_WIDTH) for config in valid] + [(pointers, RAGGED_WIDTH)]:
+            constants, options = dense_product.specialise(config, torch.bfloat16, width)
+            yield Variant(
+                f"dense {kind} {config} K={width}",
+                dense_product.dense_product_kernel,
+                _dense_types(config, kind),
+                constants,
+                options,
+                matrix="int8" if kind == "i8" else "float",
+            )
+
+
+def _dense_types(config: Config, kind: str) -> dict[str, str | None]:
+    scaled = "*fp32" if kind == "i8" else None
+    operands = {"x": config.block_m, "w": config.block_n}
+    types = {
+        name: f"tensordesc<{kind}[{rows}, {config.block_k}]>" if config.descriptors else f"*{kind}"
+        for name, rows in operands.items()
+    }
+    return dict(**types, sx=scaled, scale=scaled, bias="*bf16", y="*bf16")
+
+
+def _expansion(fmt: WeightFormat) -> Iterator[Variant]:
+    for kind in ACTIVATION_TYPES.values():
+        if kind == "i8" and not fmt.two_level:
+            continue  # int8 activations meet 8-bit weights as they are stored
+        constants, options = expansion.specialise(fmt, EVEN_WIDTH)
+        types = dict(expanded=f"*{kind}", **_weight_types(fmt))
+        yield Variant(f"{fmt.name} expansion to {kind}", expansion.expansion_kernel, types, constants, options)
+
+
+def _gradient(fmt: WeightFormat) -> Variant:
+    constants, options = gradient.specialise(fmt, EVEN_WIDTH)
+    types = dict(grad="*bf16", grad_x="*bf16", **_weight_types(fmt))
+    return Variant(f"{fmt.name} gradient", gradient.grad_input_kernel, types, constants, options, matrix="float")
+
+
+def _activation() -> Iterator[Variant]:
+    for width, gelu in QUANTIZED_ROWS:
+        for amax in (None, "*fp32"):
+            block, options = activation.specialise(width)
+            constants = dict(GELU=gelu, ONE_PASS=width <= block, BLOCK_K=block)
+            types = dict(x="*bf16", amax=amax, codes="*i8", scales="*fp32")
+            name = f"{f'gelu {gelu} ' if gelu else ''}quantize {'static' if amax else 'per token'} K={width}"
+            yield Variant(name, activation.quantize_activation_kernel, types, constants, options)
+    for width in NORM_WIDTHS:
+        for kind in ("i8", "bf16"):
+            block, options = activation.specialise(width)
+            scales = "*fp32" if kind == "i8" else None
+            types = dict(x="*bf16", weight=None, bias=None, shift="*bf16", scale="*bf16", amax=None, eps="fp32")
+            types |= dict(y=f"*{kind}", y_scales=scales)
+            name = f"norm modulate to {kind} K={width}"
+            yield Variant(name, activation.norm_modulate_kernel, types, dict(BLOCK_K=block), options)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """The compiled forms for ``arch`` (10 * major + minor), whatever process enumerates them."""
+    for variant in _variants(arch):
+        if "COMPILED" in variant.constants:
+            variant = dataclasses.replace(variant, constants={**variant.constants, "COMPILED": True})
+        yield variant
+
+
+def _variants(arch: int) -> Iterator[Variant]:
+    yield from _activation()
+    yield from _dense(arch)
+    for name in FORMATS:
+        fmt = WEIGHT_FORMATS[name]
+        yield from _in_loop(fmt, arch)
+        if name in SMALL_FORMATS:
+            yield from _small(fmt)
+        yield from _expansion(fmt)
+        yield _gradient(fmt)

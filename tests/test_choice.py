@@ -1,0 +1,141 @@
+"""Which configuration a product runs on: the predicate, the heuristic, the tables of measured winners."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.kernels import config, dispatch, tables
+from ditq_kernels.kernels.config import Config, Problem
+
+W8, W4 = WEIGHT_FORMATS["w8"], WEIGHT_FORMATS["w4_g128"]
+H100 = dict(capability=90, multiprocessors=132)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv(tables.DIRECTORY_VARIABLE, str(tmp_path))
+    for cache in (tables.choose, tables._winners):
+        cache.cache_clear()
+    yield
+    for cache in (tables.choose, tables._winners):
+        cache.cache_clear()
+
+
+def problem(rows, out_features, in_features, activation_bytes, fmt, **device):
+    return Problem(config.row_class(rows), out_features, in_features, activation_bytes, fmt, **(device or H100))
+
+
+@pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 103])
+def test_every_problem_has_a_valid_configuration(capability):
+    for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), config.ROW_CLASSES):
+        for features in ((1152, 1152), (40, 130), (18432, 3072)):
+            given = Problem(rows, *features, size, fmt, capability, 132)
+            chosen = config.heuristic(given)
+            assert config.is_valid(chosen, given)
+            assert config.shared_bytes(chosen, given) <= config.shared_memory(capability)
+
+
+def test_the_choice_depends_on_a_class_of_m_only():
+    x = torch.empty(1, 256, dtype=torch.int8)
+    classes = [dispatch.problem_of(x.expand(rows, 256), 512, W8).rows for rows in range(1, 20000)]
+    assert classes == sorted(classes) and set(classes) == set(config.ROW_CLASSES)
+    # Within a class there is one problem, and so one configuration and one kernel.
+    assert dispatch.problem_of(x.expand(300, 256), 512, W8) is dispatch.problem_of(x.expand(501, 256), 512, W8)
+
+
+def test_few_rows_take_the_product_that_is_bound_by_reading_weights():
+    for rows, fmt in itertools.product((1, 2, 4), WEIGHT_FORMATS.values()):
+        assert config.heuristic(problem(rows, 18432, 3072, 2, fmt)).route == "small"
+    for rows in (8, 16):
+        chosen = config.heuristic(problem(rows, 6912, 1152, 2, W4))
+        assert (chosen.route, chosen.block_m) == ("in_loop", 16)
+
+
+def test_many_rows_expand_four_bit_weights_and_some_do_not():
+    for size in (1, 2):
+        assert config.heuristic(problem(8192, 3072, 3072, size, W4)).route == "expanded"
+        assert config.heuristic(problem(128, 3072, 3072, size, W4)).route == "in_loop"
+    assert config.heuristic(problem(4096, 3072, 3072, 1, W8)).route == "int8"
+
+
+@pytest.mark.parametrize(("rows", "features"), [(512, (1152, 1152)), (512, (1152, 4608)), (512, (4608, 1152))])
+def test_tiles_fill_the_chip(rows, features):
+    """Not half of the multiprocessors idle in the last wave of tiles."""
+    chosen = config.heuristic(problem(rows, *features, 1, W8))
+    tiles = -(-rows // chosen.block_m) * -(-features[0] // chosen.block_n)
+    waves = -(-tiles // H100["multiprocessors"])
+    assert tiles / (waves * H100["multiprocessors"]) > 0.5
+
+
+def test_descriptors_need_the_copy_engine_and_rows_of_whole_16_bytes():
+    with_descriptors = Config("int8", 128, 128, 128, 8, 2, descriptors=True)
+    assert config.is_valid(with_descriptors, problem(4096, 3072, 3072, 1, W8))
+    assert not config.is_valid(with_descriptors, problem(4096, 3072, 3080, 1, W8))
+    assert not config.is_valid(with_descriptors, problem(4096, 3072, 3072, 1, W8, capability=80, multiprocessors=108))
+
+
+def test_the_extension_waits_for_a_measurement():
+    for rows in config.ROW_CLASSES:
+        assert all(c.route != "cuda" for c in config.candidates(problem(rows, 1152, 1152, 1, W8)))
+
+
+def entry(given, chosen):
+    return tables.Entry(
+        given.fmt.name, given.activation_bytes, given.rows, given.out_features, given.in_features, chosen, 10.0, 12.0
+    )
+
+
+def test_a_measured_winner_goes_before_the_heuristic(tmp_path):
+    given, other = problem(2048, 1152, 1152, 1, W8), problem(2048, 4608, 1152, 1, W8)
+    winner = next(c for c in config.candidates(given) if c != config.heuristic(given))
+    path = tables.table_path(tmp_path, "NVIDIA H100 80GB HBM3")
+    tables.write(path, "NVIDIA H100 80GB HBM3", [entry(given, winner)], dict(date="today"))
+    assert path.name == "nvidia-h100-80gb-hbm3.json" and list(tmp_path.iterdir()) == [path]
+    assert tables.read(path) == (dict(date="today"), [entry(given, winner)])
+    assert tables.choose(given, "NVIDIA H100 80GB HBM3") == winner
+    assert tables.choose(other, "NVIDIA H100 80GB HBM3") == config.heuristic(other)
+    assert tables.choose(given, "NVIDIA A100-SXM4-80GB") == config.heuristic(given)
+
+
+def test_a_winner_that_is_not_valid_here_is_passed_over(tmp_path):
+    given = problem(2048, 1152, 1152, 1, W8)
+    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, Config("small", 1, 4))], {})
+    assert tables.choose(given, "gpu") == config.heuristic(given)
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 1, "entries": [{}], "provenance": {}}'])
+def test_a_broken_table_is_named(content, tmp_path):
+    tables.table_path(tmp_path, "gpu").write_text(content)
+    with pytest.raises(ValueError, match=r"gpu\.json is not a table .* write it anew with ditq tune"):
+        tables.choose(problem(2048, 1152, 1152, 1, W8), "gpu")
+
+
+def test_the_choice_is_printed_once_on_request(capsys, monkeypatch):
+    given = problem(2048, 1152, 1152, 1, W8)
+    tables.choose(given, "gpu")
+    assert not capsys.readouterr().err
+    monkeypatch.setenv(tables.PRINT_VARIABLE, "1")
+    tables.choose.cache_clear()
+    for _ in range(2):
+        tables.choose(given, "gpu")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"M <= 2048, N = 1152, K = 1152: {config.heuristic(given)} (heuristic)" in printed
+
+
+def test_tables_are_plain_json(tmp_path):
+    given = problem(1, 64, 128, 2, W4)
+    path = tmp_path / "table.json"
+    tables.write(path, "gpu", [entry(given, config.heuristic(given))], dict(commit="abc"))
+    content = json.loads(path.read_text())
+    assert content["gpu"] == "gpu" and content["entries"][0]["config"]["route"] == "small"
+
+
+def test_no_table_is_read_at_import():
+    script = "from ditq_kernels.kernels import dispatch, tables\nassert tables._winners.cache_info().currsize == 0"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

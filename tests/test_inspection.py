@@ -1,0 +1,148 @@
+"""Every shipped form of every kernel, compiled for every architecture with no GPU, and its machine code read."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.kernels import config, inspection, machine_code, shipped
+
+ARCHITECTURES = inspection.ARCHITECTURES
+
+# Configurations that no predicate would let through, each wrong in its own way.
+BAD_CONFIGURATIONS = """
+import dataclasses, json
+from ditq_kernels.kernels import inspection, machine_code, shipped
+
+def find(arch, name):
+    return next(variant for variant in shipped.variants(arch) if variant.name.startswith(name))
+
+def findings():
+    spilling = machine_code.with_blocks(find(80, "w8_g128 x bf16 in_loop 64x64"), BLOCK_M=256, BLOCK_N=128)
+    yield 80, dataclasses.replace(spilling, options=dict(num_warps=4, num_stages=1))
+    large = find(90, "dense i8 int8 128x256x128 warps=8 stages=3 K")
+    yield 90, dataclasses.replace(large, options=dict(num_warps=8, num_stages=6))
+    narrow = find(90, "dense i8 int8 64x64x128 warps=4 stages=4 K")
+    yield 90, machine_code.with_blocks(narrow, BLOCK_M=32)
+    slow = find(90, "w4_g128 x i8 in_loop 64x64")
+    yield 90, dataclasses.replace(slow, issue_budget=shipped.ISSUE_BUDGETS["w4_g128"])
+    yield 90, dataclasses.replace(find(90, "dense i8 int8 128x128x128 warps=8 stages=3 K"), decodes=True)
+
+print(json.dumps([inspection.inspect_variant(variant, arch).failures for arch, variant in findings()]))
+"""
+
+
+def compiling_process(*arguments):
+    """A process whose kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What `ditq inspect` says of all architectures: {arch: findings}."""
+    result = compiling_process("-m", "ditq_kernels", "inspect", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    findings = json.loads(result.stdout)
+    return {arch: [finding for finding in findings if finding["arch"] == arch] for arch in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_shipped_form_passes(arch, found):
+    variants = {variant.name: variant for variant in shipped.variants(arch)}
+    assert [finding["name"] for finding in found[arch]] == list(variants)
+    for finding in found[arch]:
+        variant = variants[finding["name"]]
+        assert finding["failures"] == [], finding
+        assert finding["spills"] == 0 and finding["shared"] <= config.SHARED_MEMORY[arch]
+        names = " ".join(finding["matrix_instructions"])
+        if variant.matrix:
+            assert all(name.startswith(inspection.MATRIX_INSTRUCTIONS[arch][variant.matrix]) for name in names.split())
+        else:
+            assert not names
+
+
+def test_hopper_decodes_into_registers_and_hides_the_decoding(found):
+    decoded = [f for f in found[90] if f["name"].startswith("w4") and " in_loop " in f["name"]]
+    assert len(decoded) > 10 and {f["left_operand"] for f in decoded} == {"registers"}
+    large = [f for f in decoded if "x i8 in_loop 128x128" in f["name"]]
+    slots = {name: [f["issue_slots"] for f in large if f["name"].startswith(name)] for name in shipped.ISSUE_BUDGETS}
+    assert all(slots.values())
+    assert max(slots["w4_g128"]) <= 0.7
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_dense_loops_leave_the_matrix_units_the_limit(arch, found):
+    dense = [f for f in found[arch] if f["name"].startswith("dense")]
+    assert dense and all(f["issue_slots"] < 1 for f in dense)
+
+
+def test_every_valid_configuration_is_inspected():
+    """What the choice may return, on any architecture, appears among the forms that were compiled."""
+    for arch in ARCHITECTURES:
+        names = " ".join(variant.name for variant in shipped.variants(arch))
+        for name in shipped.FORMATS:
+            for activation_bytes in shipped.ACTIVATION_TYPES:
+                problem = config.Problem(4096, 3072, 3072, activation_bytes, WEIGHT_FORMATS[name], arch, 132)
+                for candidate in config.candidates(problem):
+                    shown = dataclasses.replace(candidate, route="int8") if activation_bytes == 1 else candidate
+                    shown = candidate if candidate.route == "in_loop" else shown
+                    assert not shown.block_m or str(shown) in names, (arch, name, str(shown))
+
+
+def test_bad_configurations_fail():
+    result = compiling_process("-c", BAD_CONFIGURATIONS)
+    assert result.returncode == 0, result.stderr
+    spills, shared, narrow, slow, stored = json.loads(result.stdout)
+    assert any("spill instructions" in failure for failure in spills)
+    assert any("shared memory, more than" in failure for failure in shared)
+    assert any("IMMA" in failure and "not ['IGMMA']" in failure for failure in narrow)
+    assert any("issue slots per matrix clock" in failure for failure in slow)
+    assert stored == ["the decoded weight does not come from registers"]
+
+
+def test_a_failure_is_an_exit_code_and_a_line(monkeypatch, capsys):
+    from ditq_kernels import cli
+
+    code = machine_code.MachineCode("a kernel", 90, 255, 3, 10, 20, (), None, None, None)
+    monkeypatch.setattr(inspection, "inspect", lambda architectures: iter([inspection.Finding(code, ("3 spills",))]))
+    assert cli.main(["inspect", "--arch", "sm_90"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILS: 3 spills" in printed and "1 of 1 kernels fail" in printed
+    assert cli.main(["inspect", "--arch", "90", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["failures"] == ["3 spills"]
+
+
+def test_an_unknown_architecture_is_refused(capsys):
+    from ditq_kernels import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--arch", "sm_70"])
+    assert "sm_80" in capsys.readouterr().err
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/               @P0 BRA 0x50 ;
+        /*0030*/                   STG.E [R4.64], R5 ;
+        /*0040*/                   STL [R1], R5 ;
+        /*0050*/                   IGMMA.64x128x32.S8.S8 R24, R88, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA 0x10 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_the_reading_of_a_listing():
+    code = machine_code.instructions(LISTING)
+    assert len(code) == 8 and code[2].predicated and code[2].branch_target == 0x50
+    turn = machine_code.main_loop(code)
+    assert [instruction.address for instruction in turn] == [0x10, 0x20, 0x50, 0x60]  # the skipped stretch is left out
+    assert code[5].macs == 64 * 128 * 32 and code[5].left_operand == "registers"
+    # Four instructions of 8 warps on 4 schedulers; two warpgroups' products at 4096 a clock.
+    assert machine_code.issue_slots(turn, 8, 90) == round(4 * 8 / 4 / (2 * 64 * 128 * 32 / 4096), 3)
+    assert machine_code.main_loop(code[:5]) is None

@@ -1,0 +1,194 @@
+"""Every way to compute a product, asked for by its configuration, against the fp64 oracle: interpreted on the CPU,
+compiled where there is a GPU.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import activations, assert_within_budget, linear
+
+from ditq_kernels import QuantLinear, reference
+from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.kernels import config, dispatch, expansion
+from ditq_kernels.kernels.config import CONFIGS, Config
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# One small tile of each form; the interpreter's arithmetic does not depend on the tile. (M, N, K): ragged everywhere,
+# rows for which descriptors work and for which they do not, more tiles than programs.
+SMALL = (Config("small", 1, 4, num_warps=1), Config("small", 2, 8, num_warps=1), Config("small", 4, 4, num_warps=1))
+IN_LOOP = Config("in_loop", 16, 64, num_stages=2)
+INT8 = Config("int8", 32, 64, 128, num_stages=2)
+EXPANDED = Config("expanded", 32, 64, 64, num_stages=2)
+SHAPES = ((17, 80, 130), (65, 136, 384), (257, 64, 256))
+formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+
+
+def with_descriptors(tile: Config) -> list[Config]:
+    return [tile, dataclasses.replace(tile, descriptors=True)]
+
+
+def stored(fmt, out_features, in_features, device):
+    scheme = fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
+    layer = QuantLinear.from_linear(linear(out_features, in_features, device), scheme)
+    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+
+
+def check_a8(fmt, shape, tile, device):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, device)
+    qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
+    x, w = qx.double() * sx.double().unsqueeze(1), reference.dequantize(*weight, fmt, in_features)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = dispatch.linear_a8(qx, sx, *weight, bias, fmt, dtype, tile)
+        assert_within_budget(y, F.linear(x.float(), w, bias).to(dtype), F.linear(x, w.double(), bias.double()))
+    if not fmt.promoted:
+        accumulator = dispatch.linear_a8(qx, sx, *weight, None, fmt, torch.int32, tile)
+        assert torch.equal(accumulator, reference.linear_a8(qx, sx, *weight, None, fmt, torch.int32))
+
+
+def check_a16(fmt, shape, tile, device, dtypes=(torch.float32, torch.bfloat16, torch.float16), silu=False):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, device)
+    w = reference.dequantize(*weight, fmt, in_features)
+    for dtype in dtypes:
+        x = activations(rows, in_features, dtype, device)
+        for b in (None, bias):
+            y = dispatch.linear_a16(x, *weight, b, fmt, silu, tile)
+            entering = F.silu(x) if silu else x
+            exact = F.linear(entering.double(), w.double(), None if b is None else b.double())
+            same_precision = F.linear(entering, w.to(dtype), None if b is None else b.to(dtype))
+            assert_within_budget(y, same_precision, exact)
+
+
+@pytest.mark.parametrize("tile", SMALL, ids=str)
+@formats
+def test_small_products(fmt, tile, device):
+    check_a16(fmt, (tile.block_m, 13, 200), tile, device)
+    check_a16(fmt, (tile.block_m, 5, 1152), tile, device, (torch.bfloat16,))
+
+
+@pytest.mark.parametrize("tile", [SMALL[1], IN_LOOP, Config("expanded")], ids=str)
+@pytest.mark.parametrize("name", ["w8", "w8_g64", "w4_g128"])
+def test_silu_on_the_input(name, tile, device):
+    dtypes = (torch.bfloat16, torch.float16)
+    check_a16(WEIGHT_FORMATS[name], (tile.block_m or 20, 40, 320), tile, device, dtypes, silu=True)
+
+
+@shapes
+@formats
+def test_products_decoded_in_the_loop(fmt, shape, device):
+    check_a8(fmt, shape, IN_LOOP, device)
+    check_a16(fmt, shape, IN_LOOP, device)
+
+
+@pytest.mark.parametrize("tile", with_descriptors(INT8), ids=str)
+@shapes
+def test_int8_products(shape, tile, device):
+    check_a8(WEIGHT_FORMATS["w8"], shape, tile, device)
+
+
+@pytest.mark.parametrize("tile", with_descriptors(EXPANDED), ids=str)
+@shapes
+@formats
+def test_expanded_products(fmt, shape, tile, device):
+    if fmt.two_level:
+        check_a8(fmt, shape, tile, device)
+    check_a16(fmt, shape, tile, device, (torch.bfloat16, torch.float16))
+
+
+@shapes
+@formats
+def test_products_expanded_for_cublas(fmt, shape, device):
+    check_a16(fmt, shape, Config("expanded"), device, (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("tile", [EXPANDED, Config("expanded")], ids=str)
+def test_the_scratch_is_filled_a_stretch_at_a_time(tile, device, monkeypatch):
+    monkeypatch.setattr(expansion, "SCRATCH_BYTES", 150 * 256 * 2)
+    assert expansion.chunks(300, 256, 2) == [(0, 128), (128, 128), (256, 44)]
+    largest = []
+    original = expansion.expand
+    monkeypatch.setattr(expansion, "expand", lambda *args: (largest.append(args[-1].numel()), original(*args)))
+    check_a16(WEIGHT_FORMATS["w4_g64"], (20, 300, 256), tile, device, (torch.bfloat16,))
+    assert max(largest) == 128 * 256
+    if tile.block_m:
+        check_a8(WEIGHT_FORMATS["w4_g128"], (20, 300, 256), tile, device)
+
+
+@pytest.mark.parametrize("element_bytes", [1, 2])
+@pytest.mark.parametrize("features", [(1152, 1152), (18432, 3072), (3072, 15360), (40, 64), (3072, 3072)])
+def test_stretches_are_even_and_fit_the_scratch(features, element_bytes):
+    out_features, in_features = features
+    stretches = expansion.chunks(out_features, in_features, element_bytes)
+    assert [first for first, _ in stretches] == [sum(n for _, n in stretches[:i]) for i in range(len(stretches))]
+    assert sum(count for _, count in stretches) == out_features
+    assert all(first % 128 == 0 for first, _ in stretches)
+    assert max(count for _, count in stretches) * in_features * element_bytes <= config.SCRATCH_BYTES
+    counts = [count for _, count in stretches]
+    assert max(counts) - min(counts[:-1], default=max(counts)) == 0
+
+
+@formats
+def test_expansion_is_the_decoded_weight(fmt, device):
+    (qweight, scale, group_code), _ = stored(fmt, 150, 200, device)
+    scratch = torch.empty(22, 200, dtype=torch.bfloat16, device=device)
+    expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
+    assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(torch.bfloat16))
+    if fmt.two_level:
+        scratch = torch.empty(22, 200, dtype=torch.int8, device=device)
+        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
+        assert torch.equal(scratch, reference.decode(qweight, group_code, fmt, 200)[128:])
+
+
+def test_operands_that_descriptors_cannot_read_are_read_by_pointers(device):
+    """Rows that begin between 16-byte boundaries: K = 130, and a first element one byte off."""
+    tile = dataclasses.replace(INT8, descriptors=True)
+    fmt = WEIGHT_FORMATS["w8"]
+    (qweight, scale, _), bias = stored(fmt, 72, 128, device)
+    shifted = torch.randint(-127, 128, (20, 145), dtype=torch.int8, device=device)[:, 1:129]
+    sx = torch.ones(20, device=device)
+    y, expected = (
+        f(shifted, sx, qweight, scale, None, bias, fmt, torch.float32, *more)
+        for f, more in ((dispatch.linear_a8, (tile,)), (reference.linear_a8, ()))
+    )
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation_bytes", [1, 2])
+@formats
+def test_every_valid_configuration_on_the_gpu(fmt, activation_bytes, device):
+    """As the tuning sweep runs them, on a shape with ragged tiles."""
+    for rows in (1, 3, 16, 100, 700):
+        shape = (rows, 1160, 1152)
+        x = torch.empty(rows, 1152, dtype={1: torch.int8, 2: torch.bfloat16}[activation_bytes], device=device)
+        for tile in config.candidates(dispatch.problem_of(x, 1160, fmt)):
+            if activation_bytes == 1:
+                check_a8(fmt, shape, tile, device)
+            else:
+                check_a16(fmt, shape, tile, device, (torch.bfloat16,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w8", "w8_g128", "w4_g128"])
+def test_products_can_be_captured_in_a_cuda_graph(name, device):
+    fmt = WEIGHT_FORMATS[name]
+    weight, bias = stored(fmt, 1152, 1152, device)
+    for rows in (1, 16, 300, 4096):
+        x = activations(rows, 1152, torch.bfloat16, device)
+        expected = dispatch.linear_a16(x, *weight, bias, fmt)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = dispatch.linear_a16(x, *weight, bias, fmt)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_every_route_has_a_case_here():
+    tested = {tile.route for tile in (*SMALL, IN_LOOP, INT8, EXPANDED)}
+    assert tested | {"cuda"} == set(CONFIGS)
