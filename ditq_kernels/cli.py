@@ -1,4 +1,4 @@
-"""``ditq``: quantize, generate, demo, env. Heavy imports wait until a command needs them."""
+"""``ditq``: quantize, generate, demo, bench, tune, inspect, env. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .benchmark.options import add_commands
+
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # What a user can mend; anything else is a defect of ours and shows its traceback.
@@ -152,6 +155,28 @@ def demo_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def inspect_command(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from .kernels import inspection
+
+    findings = []
+    if not args.json:
+        print(inspection.HEADER)
+    for finding in inspection.inspect(args.arch or inspection.ARCHITECTURES):
+        findings.append(finding)
+        if not args.json:
+            print(inspection.line(finding), flush=True)
+    failed = sum(bool(finding.failures) for finding in findings)
+    if args.json:
+        rows = [{**dataclasses.asdict(finding.code), "failures": finding.failures} for finding in findings]
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{failed} of {len(findings)} kernels fail" if failed else f"all {len(findings)} kernels pass")
+    return EXIT_FAILED if failed else 0
+
+
 def env_command(args: argparse.Namespace) -> int:
     import importlib.metadata
     import platform
@@ -181,6 +206,11 @@ def env_command(args: argparse.Namespace) -> int:
             reason = why_unavailable(backend, kind)
             print(f"backend {backend:9} for {kind:4} tensors: {'works' if reason is None else 'no: ' + reason}")
     return 0
+
+
+def _inspect_instead() -> int:
+    """What can be said of the kernels' speed without a GPU: what they compile to."""
+    return main(["inspect"])
 
 
 def _sampling_options(parser: argparse.ArgumentParser, guidance: float) -> None:
@@ -263,8 +293,31 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_count, default=50, help="sampling steps (default: %(default)s)")
     demo.add_argument("--samples-per-class", type=_count, default=1, help="pictures per class (default: %(default)s)")
 
+    add_commands(command, _device, _count, _inspect_instead)
+
+    inspect = command(
+        "inspect",
+        inspect_command,
+        "compile every kernel for each GPU architecture, with no GPU, and check its machine code",
+        "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json",
+    )
+    inspect.add_argument(
+        "--arch",
+        type=_architecture,
+        nargs="+",
+        help="sm_80, sm_89, sm_90, sm_100, sm_120 (default: all)",
+    )
+    inspect.add_argument("--json", action="store_true", help="a list of objects, one a kernel")
+
     command("env", env_command, "say what is installed and which backends work here, and why not", "  ditq env")
     return parser
+
+
+def _architecture(text: str) -> int:
+    architectures = ("80", "89", "90", "100", "120")
+    if text.removeprefix("sm_") not in architectures:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'sm_{arch}' for arch in architectures)}")
+    return int(text.removeprefix("sm_"))
 
 
 def _clip(text: str) -> str | float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -52,13 +53,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_unavailable(backend: str, device_type: str) -> str | None:
     """None if ``backend`` can serve tensors on ``device_type``, else the reason in one clause, with the way out."""
     if backend == "reference":
         return None
     if backend == "cuda":
         return "the CUDA extension is not part of this build; use triton or reference"
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "triton is not installed; pip install triton, or use reference"
     if device_type == "cuda" and not interpreting():
         return None
@@ -110,6 +116,21 @@ _library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_forma
 _library.define(f"grad_input(Tensor grad, {_WEIGHT}, str weight_format, int in_features) -> Tensor")
 
 
+@functools.lru_cache(maxsize=4096)
+def _expected_parts(
+    fmt: WeightFormat, out_features: int, in_features: int
+) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+    """(name, dtype, shape) of what is stored of an [N, K] weight, the group bytes last where there are any."""
+    layout = LAYOUTS[fmt.layout]
+    parts = (
+        ("qweight", layout.dtype, (out_features, layout.columns(in_features))),
+        ("scale", torch.float32, fmt.scale_shape(out_features, in_features)),
+    )
+    if fmt.two_level:
+        parts += (("group_code", torch.uint8, (fmt.group_count(in_features), out_features)),)
+    return parts
+
+
 def _check_weight(
     in_features: int,
     device: torch.device,
@@ -124,18 +145,11 @@ def _check_weight(
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
     fmt = WEIGHT_FORMATS[weight_format]
-    layout = LAYOUTS[fmt.layout]
-    out_features = qweight.shape[0]
-    expected = {
-        "qweight": (qweight, layout.dtype, (out_features, layout.columns(in_features))),
-        "scale": (scale, torch.float32, fmt.scale_shape(out_features, in_features)),
-    }
-    if fmt.two_level:
-        if group_code is None:
-            raise ValueError(f"{weight_format} weights need group_code")
-        expected["group_code"] = (group_code, torch.uint8, (fmt.group_count(in_features), out_features))
-    for name, (tensor, dtype, shape) in expected.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+    if fmt.two_level and group_code is None:
+        raise ValueError(f"{weight_format} weights need group_code")
+    parts = (qweight, scale, group_code)
+    for tensor, (name, dtype, shape) in zip(parts, _expected_parts(fmt, qweight.shape[0], in_features), strict=False):
+        if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(
                 f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}"

@@ -1,8 +1,10 @@
-"""Activations to int8 codes and one fp32 scale per row, per token or by a calibrated reach, in one launch: as they come,
-after GELU, or after LayerNorm and modulation.
+"""Activations to int8 codes and one fp32 scale per row, per token or by a calibrated reach, in one launch: as they
+come, after GELU, or after LayerNorm and modulation.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -157,6 +159,7 @@ def norm_modulate_kernel(
         tl.store(y + row * K + k, value.to(y.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def specialise(columns: int) -> tuple[int, dict[str, int | bool]]:
     """(BLOCK_K, launch options) of a kernel over rows of ``columns``."""
     block = min(triton.next_power_of_2(max(columns, 1)), MAX_ACTIVATION_BLOCK)

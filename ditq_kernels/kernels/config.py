@@ -6,6 +6,7 @@ The heuristic's constants are reasoned and not measured. A table of measured win
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def shared_memory(capability: int) -> int:
 
 def row_class(rows: int) -> int:
     """The smallest class of row counts that holds ``rows``; the largest holds all above it."""
-    return next((limit for limit in ROW_CLASSES if rows <= limit), ROW_CLASSES[-1])
+    return ROW_CLASSES[min(bisect.bisect_left(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)]
 
 
 def columns_per_part(fmt: WeightFormat) -> int:
@@ -93,15 +94,17 @@ class Config:
 # cuda      the CUDA extension's kernel
 _DENSE_TILES = (
     Config("", 128, 256, 128, 8, 3),
-    Config("", 128, 256, 64, 8, 3),
     Config("", 128, 128, 128, 8, 3),
     Config("", 128, 128, 128, 8, 2),
-    Config("", 128, 128, 64, 8, 3),
     Config("", 64, 128, 128, 4, 4),
     Config("", 64, 128, 128, 4, 3),
-    Config("", 64, 128, 64, 4, 4),
     Config("", 64, 64, 128, 4, 4),
     Config("", 32, 64, 128, 4, 4),
+    Config("", 128, 256, 64, 8, 3),
+    Config("", 128, 128, 64, 8, 3),
+    Config("", 128, 128, 64, 8, 2),
+    Config("", 64, 128, 64, 4, 4),
+    Config("", 64, 64, 64, 4, 4),
 )
 
 
@@ -141,7 +144,7 @@ OUTPUT_BYTES = 2
 BARRIER_BYTES = 64
 WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
-SWIZZLE_BYTES = 128  # the widest row of a tile in shared memory that matrix instructions read without bank conflicts
+SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read without bank conflicts
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
@@ -196,7 +199,7 @@ def is_valid(config: Config, problem: Problem) -> bool:
         return False
     if config.route == "expanded" and problem.rows <= SMALL_M:
         return False  # the scratch would cost more than the product
-    if config.block_k * problem.activation_bytes > SWIZZLE_BYTES:
+    if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
     if config.descriptors and (problem.capability < 90 or problem.in_features * problem.activation_bytes % 16):
         return False  # the copy engine came with sm_90, and wants rows of whole 16 bytes
@@ -222,7 +225,7 @@ EDGE_COST = (
 DECODE_COST = {1: 0.12, 2: 0.5, 4: 0.0}  # share that decoding in the loop adds, by the activations' bytes
 EXPANSION_ROWS = 245.0  # decoding into the scratch costs as much as this many rows of the product
 POINTER_COST = 1.05  # of pointers where the copy engine is at hand
-# cuBLAS has tiles of many shapes and picks one itself; kernels of its makers are taken to be this much faster than ours.
+# cuBLAS has tiles of many shapes and picks one itself; its kernels are taken to be this much faster than ours.
 CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
 CUBLAS_COST = 0.9
 

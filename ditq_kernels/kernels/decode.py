@@ -18,9 +18,10 @@ HALF_BLOCK = tl.constexpr(_HALF_BLOCK)
 
 
 def _decode_four(codes: str, result: str, group: str) -> str:
-    """Assembly: four nibbles in the bytes of ``codes``, of one group, to the int8 ``m * (u - z)``. u * m + (128 - z * m)
-    lies in 0..255 for every format (formats.largest_multiplier), so that nothing carries into the next byte; the
-    flipped top bit takes the 128 off again.
+    """Assembly: four nibbles in the bytes of ``codes``, of one group, to the int8 ``m * (u - z)``.
+
+    u * m + (128 - z * m) lies in 0..255 for every format (formats.largest_multiplier), so that nothing carries into the
+    next byte; the flipped top bit takes the 128 off again.
     """
     return f"""
     shr.u32 m, {group}, 4;

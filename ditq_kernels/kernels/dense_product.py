@@ -7,6 +7,9 @@ while it stores the last. With pointers there is one program a tile.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -89,13 +92,12 @@ def dense_product_kernel(
         store_tile(y, stride_y, value, m, n, M, N)
 
 
-def specialise(
-    config: Config, out_dtype: torch.dtype, in_features: int
-) -> tuple[dict[str, int | bool], dict[str, int]]:
-    """(compile-time constants, launch options) of :func:`dense_product_kernel`."""
+@functools.cache
+def specialise(config: Config, out_dtype: torch.dtype, even: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`dense_product_kernel`; ``even``: whether K is whole steps."""
     constants = dict(
         RAW=out_dtype == torch.int32,
-        EVEN_K=in_features % config.block_k == 0,
+        EVEN_K=even,
         DESCRIPTORS=config.descriptors,
         COMPILED=not interpreting(),
         BLOCK_M=config.block_m,
@@ -126,14 +128,14 @@ def dense_product(
     rows, in_features = x.shape
     out_features = w.shape[0]
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n)
-    constants, options = specialise(config, y.dtype, in_features)
-    left, right = x, w
-    if config.descriptors and takes_descriptors(x) and takes_descriptors(w):
+    left, right, programs = x, w, tiles
+    if config.descriptors and not (takes_descriptors(x) and takes_descriptors(w)):
+        config = dataclasses.replace(config, descriptors=False)
+    if config.descriptors:
         left = TensorDescriptor(x, [rows, in_features], [x.stride(0), 1], [config.block_m, config.block_k])
         right = TensorDescriptor(w, [out_features, in_features], [w.stride(0), 1], [config.block_n, config.block_k])
         programs = min(tiles, multiprocessors)
-    else:
-        constants["DESCRIPTORS"], programs = False, tiles
+    constants, options = specialise(config, y.dtype, in_features % config.block_k == 0)
     dense_product_kernel[(programs,)](
         left,
         right,

@@ -26,6 +26,9 @@ class Device:
     multiprocessors: int
 
 
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
 @functools.cache
 def describe(device: torch.device) -> Device:
     """The CUDA device; of a CPU, where kernels are interpreted, one of the smallest supported capability."""
@@ -37,4 +40,6 @@ def describe(device: torch.device) -> Device:
 
 def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's CUDA device the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(tensor.device)

@@ -11,7 +11,7 @@ from ..formats import WeightFormat
 from . import tables
 from .config import Config, Problem, row_class
 from .dense_product import dense_product
-from .device import describe, launch_device
+from .device import Device, describe, launch_device
 from .expansion import expanded_product
 from .in_loop_product import in_loop_product
 from .operands import Operands
@@ -23,21 +23,25 @@ LOADS_WITH_SILU = ("small", "in_loop")
 
 @functools.lru_cache(maxsize=4096)
 def _problem(
-    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: torch.device
+    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: Device
 ) -> Problem:
-    described = describe(device)
-    return Problem(
-        rows, out_features, in_features, activation_bytes, fmt, described.capability, described.multiprocessors
-    )
+    return Problem(rows, out_features, in_features, activation_bytes, fmt, device.capability, device.multiprocessors)
 
 
 def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat) -> Problem:
     """What a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` is chosen by."""
     rows, in_features = x.shape
-    return _problem(row_class(rows), out_features, in_features, x.element_size(), fmt, x.device)
+    return _problem(row_class(rows), out_features, in_features, x.element_size(), fmt, describe(x.device))
 
 
-def _int8_product(operands: Operands, multiprocessors: int, config: Config) -> torch.Tensor:
+@functools.lru_cache(maxsize=4096)
+def _chosen(
+    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: Device
+) -> Config:
+    return tables.choose(_problem(rows, out_features, in_features, activation_bytes, fmt, device), device.name)
+
+
+def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
     y = operands.output()
     x, sx, qweight, scale, _, bias, *_ = operands
     dense_product(x, qweight, sx, scale, bias, y, config, multiprocessors)
@@ -51,8 +55,11 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         return operands.output()
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
-    problem = problem_of(x, operands.qweight.shape[0], operands.fmt)
-    config = config or tables.choose(problem, describe(x.device).name)
+    device = describe(x.device)
+    if config is None:
+        rows, in_features = x.shape
+        out_features = operands.qweight.shape[0]
+        config = _chosen(row_class(rows), out_features, in_features, x.element_size(), operands.fmt, device)
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)
@@ -62,8 +69,8 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         if config.route == "in_loop":
             return in_loop_product(operands, config)
         if config.route == "expanded":
-            return expanded_product(operands, config, problem.multiprocessors)
-        return _int8_product(operands, problem.multiprocessors, config)
+            return expanded_product(operands, config, device.multiprocessors)
+        return _int8_product(operands, config, device.multiprocessors)
 
 
 def linear_a8(

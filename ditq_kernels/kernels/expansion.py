@@ -7,6 +7,8 @@ as a 16-bit layer would hold it: scaled and rounded once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -67,13 +69,14 @@ def expansion_kernel(
     tl.store(out + k + HALF_BLOCK, high.to(expanded.dtype.element_ty), mask=inside & (k + HALF_BLOCK < K))
 
 
-def specialise(fmt: WeightFormat, in_features: int) -> tuple[dict[str, int | bool], dict[str, int]]:
-    """(compile-time constants, launch options) of :func:`expansion_kernel`."""
+@functools.cache
+def specialise(fmt: WeightFormat, even: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`expansion_kernel`; ``even``: whether K is whole blocks."""
     constants = dict(
         BITS=fmt.bits,
         GROUP=fmt.group or 0,
         PROMOTED=fmt.promoted,
-        EVEN_K=in_features % BLOCK.value == 0,
+        EVEN_K=even,
         COMPILED=not interpreting(),
         PART=columns_per_part(fmt),
         BLOCK_N=EXPANSION_BLOCK_N,
@@ -99,11 +102,11 @@ def expand(
     first: int,
     expanded: torch.Tensor,
 ) -> None:
-    """Writes ``expanded`` [count, K], contiguous: outputs ``first .. first + count - 1`` of a stored weight, as integers
-    if it is int8, else scaled and rounded to its dtype.
+    """Writes ``expanded`` [count, K], contiguous: outputs ``first .. first + count - 1`` of a stored weight, as
+    integers if it is int8, else scaled and rounded to its dtype.
     """
     count, in_features = expanded.shape
-    constants, options = specialise(fmt, in_features)
+    constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
     expansion_kernel[(triton.cdiv(count, EXPANSION_BLOCK_N), triton.cdiv(in_features, BLOCK.value) * parts)](
         qweight,
@@ -135,8 +138,10 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
         if config.block_m:
             scale = operands.scale[first : first + count] if x.dtype == torch.int8 else None
             dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors)
-        elif bias is None:
-            torch.mm(x, w.T, out=product)
-        else:
-            torch.addmm(bias.to(x.dtype), x, w.T, out=product)
+            continue
+        with torch.no_grad():  # which functions with an output given ask for
+            if bias is None:
+                torch.mm(x, w.T, out=product)
+            else:
+                torch.addmm(bias.to(x.dtype), x, w.T, out=product)
     return y

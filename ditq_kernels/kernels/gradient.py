@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
 from .config import GRADIENT_TILE, columns_per_part
-from .device import launch_device
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
+from .device import launch_device
 from .interpreter import interpreting
 
 
@@ -68,13 +70,14 @@ def grad_input_kernel(
     tl.store(row + columns, total_high.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
 
 
-def specialise(fmt: WeightFormat, in_features: int) -> tuple[dict[str, int | bool], dict[str, int]]:
-    """(compile-time constants, launch options) of :func:`grad_input_kernel`."""
+@functools.cache
+def specialise(fmt: WeightFormat, even: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`grad_input_kernel`; ``even``: whether K is whole blocks."""
     constants = dict(
         BITS=fmt.bits,
         GROUP=fmt.group or 0,
         PROMOTED=fmt.promoted,
-        EVEN_K=in_features % BLOCK.value == 0,
+        EVEN_K=even,
         COMPILED=not interpreting(),
         PART=columns_per_part(fmt),
         BLOCK_M=GRADIENT_TILE.block_m,
@@ -97,7 +100,7 @@ def grad_input(
     if not grad_x.numel():
         return grad_x
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    constants, options = specialise(fmt, in_features)
+    constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
     grid = (triton.cdiv(rows, constants["BLOCK_M"]), triton.cdiv(in_features, BLOCK.value) * parts)
     with launch_device(grad):

@@ -7,6 +7,8 @@ instruction takes the decoded weights from registers and they are never written 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -96,17 +98,20 @@ def in_loop_product_kernel(
     store_tile(y, N, value, m[None, :], n[:, None], M, N)
 
 
+@functools.cache
 def specialise(
-    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, in_features: int, silu: bool
+    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, even: bool, silu: bool
 ) -> tuple[dict[str, int | bool], dict[str, int]]:
-    """(compile-time constants, launch options) of :func:`in_loop_product_kernel`."""
+    """(compile-time constants, launch options) of :func:`in_loop_product_kernel`; ``even``: whether K is whole
+    blocks.
+    """
     constants = dict(
         BITS=fmt.bits,
         GROUP=fmt.group or 0,
         PROMOTED=fmt.promoted,
         RAW=out_dtype == torch.int32,
         SILU=silu,
-        EVEN_K=in_features % BLOCK.value == 0,
+        EVEN_K=even,
         COMPILED=not interpreting(),
         PART=columns_per_part(fmt),
         BLOCK_M=config.block_m,
@@ -120,7 +125,7 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     x, fmt, y = operands.x, operands.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
-    constants, options = specialise(config, fmt, operands.out_dtype, in_features, operands.silu)
+    constants, options = specialise(config, fmt, operands.out_dtype, in_features % BLOCK.value == 0, operands.silu)
     in_loop_product_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)](
         x,
         operands.sx,

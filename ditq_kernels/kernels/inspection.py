@@ -1,5 +1,5 @@
-"""``ditq inspect``: every shipped form of every kernel, compiled for architectures that need not be present, and held to
-what its machine code must be.
+"""``ditq inspect``: every shipped form of every kernel, compiled for architectures that need not be present, and held
+to what its machine code must be.
 """
 
 from __future__ import annotations

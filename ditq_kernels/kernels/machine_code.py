@@ -67,10 +67,10 @@ class MachineCode:
         matrix_instructions: mnemonics of the matrix instructions, in order of appearance.
         left_operand: where the matrix instructions take their left operand from: "registers", "shared" or None.
         loop_instructions: in one turn of the loop around the matrix instructions; None without such a loop.
-        issue_slots: issue slots per matrix clock, ``loop_instructions * warps / 4 / matrix_clocks``: the four schedulers
-            of a multiprocessor issue that many instructions while its matrix units work ``matrix_clocks``, the loop's
-            multiply-accumulates over the architecture's rate (:data:`MACS_PER_CLOCK`). Below 1 the matrix units can be
-            the limit; None where the rate or the instruction's size is unknown.
+        issue_slots: issue slots per matrix clock, ``loop_instructions * warps / 4 / matrix_clocks``: the clocks that
+            the four schedulers of a multiprocessor take to issue one turn of the loop, over those that its matrix units
+            take to compute it, the loop's multiply-accumulates over the architecture's rate (:data:`MACS_PER_CLOCK`).
+            Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
     """
 
     name: str

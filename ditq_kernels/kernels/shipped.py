@@ -16,7 +16,8 @@ from .machine_code import Variant
 
 # One format for each way through a family's code: whole-channel and grouped 8 bits; 4 bits with one group to a block,
 # one to a half-block, and two. Other formats differ in the value of a divisor.
-FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g64", "w4_g32")
+FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g32")
+IN_LOOP_FORMATS = {"i8": (*FORMATS, "w4_g64"), "bf16": FORMATS}
 SMALL_FORMATS = ("w8", "w8_g128", "w4_g128")
 EVEN_WIDTH, RAGGED_WIDTH = 3072, 1136
 MANY_ROWS = 4096
@@ -38,28 +39,31 @@ def _problem(fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MA
     return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS)
 
 
-def _in_loop(fmt: WeightFormat, arch: int) -> Iterator[Variant]:
+def _in_loop(arch: int) -> Iterator[Variant]:
     for activation_bytes, kind in ACTIVATION_TYPES.items():
-        valid = [c for c in CONFIGS["in_loop"] if is_valid(c, _problem(fmt, activation_bytes, arch))]
-        # Masks along K and SiLU change the loads and not the tiles: one form of each will do.
-        forms = [(config, EVEN_WIDTH, False) for config in valid] + [(valid[0], RAGGED_WIDTH, False)]
-        forms += [(valid[-1], EVEN_WIDTH, True)] if kind != "i8" else []
-        for config, width, silu in forms:
-            constants, options = in_loop_product.specialise(config, fmt, torch.bfloat16, width, silu)
-            types = dict(
-                x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias="*bf16", y="*bf16", **_weight_types(fmt)
-            )
-            large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH
-            yield Variant(
-                f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}",
-                in_loop_product.in_loop_product_kernel,
-                types,
-                constants,
-                options,
-                matrix="int8" if kind == "i8" else "float",
-                decodes=fmt.bits == 4 or kind != "i8",
-                issue_budget=ISSUE_BUDGETS.get(fmt.name) if large and kind == "i8" else None,
-            )
+        for name in IN_LOOP_FORMATS[kind]:
+            yield from _in_loop_of(WEIGHT_FORMATS[name], activation_bytes, kind, arch)
+
+
+def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) -> Iterator[Variant]:
+    valid = [c for c in CONFIGS["in_loop"] if is_valid(c, _problem(fmt, activation_bytes, arch))]
+    # Masks along K and SiLU change the loads and not the tiles: one form of each will do.
+    forms = [(config, EVEN_WIDTH, False) for config in valid] + [(valid[0], RAGGED_WIDTH, False)]
+    forms += [(valid[-1], EVEN_WIDTH, True)] if kind != "i8" else []
+    for config, width, silu in forms:
+        constants, options = in_loop_product.specialise(config, fmt, torch.bfloat16, width == EVEN_WIDTH, silu)
+        types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias="*bf16", y="*bf16", **_weight_types(fmt))
+        large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH
+        yield Variant(
+            f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}",
+            in_loop_product.in_loop_product_kernel,
+            types,
+            constants,
+            options,
+            matrix="int8" if kind == "i8" else "float",
+            decodes=fmt.bits == 4 or kind != "i8",
+            issue_budget=ISSUE_BUDGETS.get(fmt.name) if large and kind == "i8" else None,
+        )
 
 
 def _small(fmt: WeightFormat) -> Iterator[Variant]:
@@ -79,7 +83,7 @@ def _dense(arch: int) -> Iterator[Variant]:
         valid = [config for config in CONFIGS[route] if config.block_m and is_valid(config, problem)]
         pointers = next(config for config in valid if not config.descriptors)
         for config, width in [(config, EVEN_WIDTH) for config in valid] + [(pointers, RAGGED_WIDTH)]:
-            constants, options = dense_product.specialise(config, torch.bfloat16, width)
+            constants, options = dense_product.specialise(config, torch.bfloat16, width == EVEN_WIDTH)
             yield Variant(
                 f"dense {kind} {config} K={width}",
                 dense_product.dense_product_kernel,
@@ -104,13 +108,13 @@ def _expansion(fmt: WeightFormat) -> Iterator[Variant]:
     for kind in ACTIVATION_TYPES.values():
         if kind == "i8" and not fmt.two_level:
             continue  # int8 activations meet 8-bit weights as they are stored
-        constants, options = expansion.specialise(fmt, EVEN_WIDTH)
+        constants, options = expansion.specialise(fmt, True)
         types = dict(expanded=f"*{kind}", **_weight_types(fmt))
         yield Variant(f"{fmt.name} expansion to {kind}", expansion.expansion_kernel, types, constants, options)
 
 
 def _gradient(fmt: WeightFormat) -> Variant:
-    constants, options = gradient.specialise(fmt, EVEN_WIDTH)
+    constants, options = gradient.specialise(fmt, True)
     types = dict(grad="*bf16", grad_x="*bf16", **_weight_types(fmt))
     return Variant(f"{fmt.name} gradient", gradient.grad_input_kernel, types, constants, options, matrix="float")
 
@@ -144,9 +148,9 @@ def variants(arch: int) -> Iterator[Variant]:
 def _variants(arch: int) -> Iterator[Variant]:
     yield from _activation()
     yield from _dense(arch)
+    yield from _in_loop(arch)
     for name in FORMATS:
         fmt = WEIGHT_FORMATS[name]
-        yield from _in_loop(fmt, arch)
         if name in SMALL_FORMATS:
             yield from _small(fmt)
         yield from _expansion(fmt)

@@ -9,6 +9,8 @@ in the lanes' registers, and nothing passes through shared memory.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -136,7 +138,7 @@ def small_product_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_read = tl.where(m < M, m, 0)
     n_read = tl.where(n < N, n, 0)
-    # Four axes from the start, [m, n, chunk, byte]: a load that grows axes later is laid out anew through shared memory.
+    # Four axes from the start, [m, n, chunk, byte]: a load that grows axes later passes through shared memory.
     x_row = x + m_read.to(tl.int64)[:, None, None, None] * stride_x
     outputs = n_read[None, :, None, None]
     w_row = qweight + outputs.to(tl.int64) * row_bytes
@@ -166,6 +168,7 @@ def small_product_kernel(
     store_tile(y, N, value, m[:, None], n[None, :], M, N)
 
 
+@functools.cache
 def specialise(config: Config, fmt: WeightFormat, silu: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
     """(compile-time constants, launch options) of :func:`small_product_kernel`."""
     constants = dict(

@@ -1,4 +1,5 @@
-"""The choice of a configuration: a table of measured winners for this GPU where one has the problem, else the heuristic.
+"""The choice of a configuration: by a table of winners measured on this GPU where one has the problem, else by the
+heuristic.
 
 A table is one JSON file per GPU model, written by ``ditq tune``. Tables are looked for in :func:`user_directory` and
 then among those that the package ships (``measured/``; none yet). Nothing is measured here.

@@ -1,0 +1,110 @@
+"""Whether a result is right: no speed is reported of one that is not."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+CHECKED_ROWS = 512  # compared with the oracle; all others have to be finite
+# Largest ‖y - exact‖ / ‖exact‖ against a product of the unrounded operands, of Gaussian data. A symmetric code of b
+# bits over a group whose largest magnitude is r standard deviations errs by about r / (2**(b - 1) * sqrt(12)): 0.9 %
+# with 8 bits and r = 4 (two operands: 1.2 %), 10 % with 4 bits and r = 2.7.
+OPERANDS_16_BIT = 0.01
+OPERANDS_8_BIT = 0.02
+# fp8 products with fast accumulation, of exactly their fp8 operands: Hopper's tensor cores keep about 14 bits of a sum,
+# and lose up to about 2 % at K = 4096 (DeepSeek-V3 technical report, section 3.3.2).
+FP8_FAST_SUMS = 0.03
+WEIGHTS_4_BIT = 0.15
+# A code may be off by one where two computations of the value fall on the two sides of a tie, so its error is half a
+# step and a little.
+CODE_STEPS = 0.51
+SCALE_ERROR = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """Attributes:
+    passed: whether the error was within the budget.
+    error: ‖y - exact‖ / ‖exact‖, or of codes the largest deviation in steps.
+    budget: what was allowed, in words.
+    """
+
+    passed: bool
+    error: float
+    budget: str
+
+    def __str__(self) -> str:
+        return f"error {self.error:.3g}, allowed: {self.budget}"
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, or the largest integer, so that an element that a kernel forgets is seen."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def checked_rows(rows: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Indices of the rows to compare, ascending: all of few, else the first, the last, and others drawn evenly."""
+    if rows <= CHECKED_ROWS:
+        return torch.arange(rows, device=device)
+    inner = torch.randperm(rows - 2, generator=torch.Generator().manual_seed(seed))[: CHECKED_ROWS - 2] + 1
+    return torch.cat((torch.tensor([0]), inner.sort().values, torch.tensor([rows - 1]))).to(device)
+
+
+def _norm_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.to(torch.float64) - exact).norm() / exact.norm().clamp(min=1e-300))
+
+
+def check_product(
+    y: torch.Tensor,
+    picked: torch.Tensor,
+    exact: torch.Tensor,
+    same_precision: torch.Tensor | None,
+    allowed: float | None,
+) -> Check:
+    """Compare ``y`` [M, N] on the rows ``picked`` with ``exact``, fp64.
+
+    Args:
+        same_precision: PyTorch's result for the same operands at the contender's precision: each element of ``y`` may
+            be off by twice its largest error, and by one rounding to ``y.dtype``. None leaves this test out.
+        allowed: the largest ‖y - exact‖ / ‖exact‖; None leaves this test out.
+    """
+    if not bool(torch.isfinite(y).all()):
+        return Check(False, float("nan"), "finite outputs everywhere")
+    part = y[picked]
+    error = _norm_error(part, exact)
+    if allowed is not None:
+        return Check(error <= allowed, error, f"{allowed} relative")
+    deviation = (part.to(torch.float64) - exact).abs()
+    own = (same_precision.to(torch.float64) - exact).abs().max()
+    budget = 2 * own + torch.finfo(y.dtype).eps * exact.abs()
+    return Check(bool((deviation <= budget).all()), error, "twice PyTorch's error at that precision and one rounding")
+
+
+def check_codes(
+    codes: torch.Tensor, scales: torch.Tensor, exact: torch.Tensor, amax: torch.Tensor | None = None
+) -> Check:
+    """Compare int8 ``codes`` [M, K] and ``scales`` [M] with what ``exact``, fp64 [M, K], has to be quantized to."""
+    reach = exact.abs().amax(dim=1) if amax is None else amax.to(torch.float64).expand(exact.shape[0])
+    wanted = (exact * (127 / reach).unsqueeze(1)).clamp(-127, 127)
+    steps = float((codes.to(torch.float64) - wanted).abs().max())
+    off = float((scales.to(torch.float64) * 127 / reach - 1).abs().max())
+    passed = steps <= CODE_STEPS and off <= SCALE_ERROR
+    return Check(passed, max(steps, off), f"{CODE_STEPS} steps, scales within {SCALE_ERROR}")

@@ -1,0 +1,149 @@
+"""What ``ditq bench`` and ``ditq tune`` do once it is clear that there is a GPU."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report
+from .cases import select
+from .provenance import gpu, provenance
+from .run import Run, contenders_for, run
+from .timing import CudaStopwatch, Stopwatch
+
+BENCH_SECONDS = 600.0
+SHARE_COMPILED_AHEAD = 0.4  # of a sweep's time, at most
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Attributes:
+    models, schemes, rows: what to measure; None: all.
+    quick: the targets' shapes only.
+    seconds: time to start new cases in.
+    """
+
+    out: Path
+    models: Sequence[str] | None = None
+    schemes: Sequence[str] | None = None
+    rows: Sequence[int] | None = None
+    quick: bool = False
+    seconds: float = BENCH_SECONDS
+
+
+def _bar(steps: Iterable, total: int, unit: str) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, unit=unit, file=sys.stderr, mininterval=1.0)
+
+
+def bench(settings: BenchSettings, device: torch.device, stopwatch: Stopwatch | None = None) -> Run:
+    """Measure, print the table and the verdicts, write JSON and pictures below ``settings.out``.
+
+    Raises:
+        ValueError: for an unknown model or scheme, or a selection without a case.
+    """
+    contenders = contenders_for(settings.schemes)
+    cases = select(settings.models, settings.rows, settings.quick)
+    if not cases:
+        raise ValueError("no case has this number of rows; the table is in ditq_kernels/benchmark/cases.py")
+    described, versions = gpu(device), provenance()
+    path = settings.out / report.RESULTS_FILE
+
+    def save(found: Run) -> dict[str, Any]:
+        content = report.as_json(found, described, versions)
+        report.write(path, content)
+        return content
+
+    found = run(
+        cases,
+        contenders,
+        device,
+        stopwatch or CudaStopwatch(device),
+        settings.seconds,
+        lambda steps, total: _bar(steps, total, "case"),
+        save,
+    )
+    content = save(found)
+    print(report.table(content))
+    print()
+    print(report.verdict_lines(found))
+    print(f"\n{path}{_draw(content, settings.out)}")
+    return found
+
+
+def _draw(content: dict[str, Any], directory: Path) -> str:
+    """Draw, and say what was drawn."""
+    try:
+        from .pictures import draw
+
+        return "".join(f"  {picture}" for picture in draw(content, directory))
+    except ImportError as error:
+        return f"  (no pictures: {error})"
+
+
+def tune(
+    models: Sequence[str] | None,
+    seconds: float,
+    out: Path | None,
+    device: torch.device,
+    stopwatch: Stopwatch | None = None,
+    ahead: Callable[[Sequence[str] | None, float], frozenset[tuple[str, str]]] | None = None,
+) -> int:
+    """Sweep, write the table, and say what was found; the exit code.
+
+    Args:
+        out: directory of tables; None: where they are looked for first.
+
+    Raises:
+        ValueError: for an unknown model.
+    """
+    from ..kernels import tables
+    from ..kernels.device import describe
+    from .ahead import compile_ahead
+    from .tune import Sweep, sweep, tasks
+
+    wanted = tasks(select(models))
+    name = describe(device).name
+    path = tables.table_path(out or tables.user_directory(), name)
+    versions = provenance() | dict(gpu=gpu(device))
+    started = time.monotonic()
+    skip = (ahead or compile_ahead)(models, SHARE_COMPILED_AHEAD * seconds)
+    for family, config in sorted(skip):
+        print(f"left out, its process did not survive it: {family}: {config}")
+
+    def save(found: Sweep) -> None:
+        tables.write(path, name, found.entries, versions)
+
+    found = sweep(
+        wanted,
+        device,
+        stopwatch or CudaStopwatch(device),
+        max(0.0, seconds - (time.monotonic() - started)),
+        lambda steps: _bar(steps, len(wanted), "problem"),
+        save,
+        skip,
+    )
+    save(found)
+    for entry in found.entries:
+        gain = entry.heuristic_microseconds / entry.microseconds
+        print(
+            f"{entry.weights} x {8 * entry.activation_bytes}-bit M<={entry.rows} N={entry.out_features} "
+            f"K={entry.in_features}: {entry.config}, {entry.microseconds:.1f} us, {gain:.2f}x the heuristic's choice"
+        )
+    for failure in found.failures:
+        print(f"not timed: {failure.task}: {failure.config}: {failure.reason}")
+    print(
+        f"{path}: {found.settled} of {len(wanted)} problems settled, {len(found.entries)} where the heuristic's choice "
+        f"was beaten by more than the spread, {len(found.failures)} candidates not timed, "
+        f"{len(found.not_reached)} problems not reached in the time given"
+    )
+    if found.lost:
+        print(f"the GPU failed for good {found.lost}")
+    return 1 if found.lost else 0

@@ -1,0 +1,100 @@
+"""``ditq bench`` and ``ditq tune`` on the command line: their options, and what they do where there is no GPU. Imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NOTHING_TO_MEASURE = "no CUDA GPU to measure: kernels run on the CPU only to be tested, and nothing is timed there"
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return seconds
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="only layers of models whose names begin so (default: all)"
+    )
+    parser.add_argument(
+        "--seconds", type=_seconds, default=600.0, help="time to start new cases in (default: %(default).0f)"
+    )
+
+
+def _gpu(name: str) -> Any:
+    """The CUDA device called ``name``; None of a CPU, with a line that says so."""
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # graphs are captured on the current one
+        return device
+    print(NOTHING_TO_MEASURE)
+    return None
+
+
+def add_commands(
+    command: Callable[..., argparse.ArgumentParser],
+    device_of: Callable[[str | None], str],
+    count: Callable[[str], int],
+    inspect: Callable[[], int],
+) -> None:
+    """Add both commands by ``command(name, run, help, examples)``.
+
+    Args:
+        device_of: the device's name that ``--device`` means.
+        count: parses a positive whole number.
+        inspect: what ``ditq bench`` does without a GPU; returns the exit code.
+    """
+
+    def run_bench(args: argparse.Namespace) -> int:
+        device = _gpu(device_of(args.device))
+        if device is None:
+            return inspect()
+        from .command import BenchSettings, bench
+
+        settings = BenchSettings(args.out, args.models, args.schemes, args.rows, args.quick, args.seconds)
+        return 1 if bench(settings, device).lost else 0
+
+    def run_tune(args: argparse.Namespace) -> int:
+        device = _gpu(device_of(args.device))
+        if device is None:
+            return 0
+        from .command import tune
+
+        return tune(args.models, args.seconds, args.out, device)
+
+    bench = command(
+        "bench",
+        run_bench,
+        "measure the kernels beside cuBLAS and other projects' on real layers; without a GPU, inspect them",
+        "  ditq bench --quick --out out/bench\n"
+        "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300",
+    )
+    _selection(bench)
+    bench.add_argument("--schemes", nargs="+", metavar="SCHEME", help="of ours, only these (default: the recommended)")
+    bench.add_argument("--rows", type=count, nargs="+", metavar="M", help="only cases with these numbers of rows")
+    bench.add_argument("--quick", action="store_true", help="only the shapes that targets are set for")
+    bench.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="directory for JSON and pictures (default: %(default)s)"
+    )
+    tune = command(
+        "tune",
+        run_tune,
+        "time every configuration of the kernels on this GPU, and write the table of winners that they will use",
+        "  ditq tune --seconds 900\n  ditq tune --models FLUX.1 --out ./tables",
+    )
+    _selection(tune)
+    tune.add_argument("--out", type=Path, help="directory of tables (default: $DITQ_TABLES, else the user's cache)")

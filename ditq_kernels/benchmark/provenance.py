@@ -1,0 +1,69 @@
+"""Where and with what a number was measured. A number without this is worth nothing to a reader."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .peers import versions as peer_versions
+
+REPOSITORY = Path(__file__).parent.parent.parent
+COMMIT_VARIABLE = "DITQ_COMMIT"
+
+
+def _output(*command: str) -> str | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=REPOSITORY)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The checked-out commit, with "+" if files differ from it; outside a repository what ``DITQ_COMMIT`` says, for
+    copies of a working tree, or None.
+    """
+    head = _output("git", "rev-parse", "HEAD")
+    if head is None:
+        return os.environ.get(COMMIT_VARIABLE)
+    return head + ("+" if _output("git", "status", "--porcelain") else "")
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Name, capability, multiprocessors, memory and cache of a CUDA device, and its driver."""
+    found = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+    return dict(
+        name=found.name,
+        capability=f"{found.major}.{found.minor}",
+        multiprocessors=found.multi_processor_count,
+        memory_bytes=found.total_memory,
+        l2_bytes=found.L2_cache_size,
+        driver=driver,
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and date, as JSON."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return dict(
+        ditq_kernels=__version__,
+        commit=commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        triton=triton,
+        peers=peer_versions(),
+    )
