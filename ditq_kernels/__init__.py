@@ -1,11 +1,13 @@
 """Low-bit inference kernels for diffusion transformers."""
 
+from .backend import use_backend
 from .calibration import Calibration, calibrate
 from .checkpoint import CheckpointError, load, save
 from .conversion import quantize
+from .errors import UnsupportedError
 from .formats import SCHEMES, Scheme
 from .linear import QuantLinear
-from .ops import UnsupportedError, quantize_activation, use_backend
+from .ops import quantize_activation
 from .planning import Plan, PlanEntry, plan
 
 __version__ = "0.1.0"

@@ -185,7 +185,7 @@ def env_command(args: argparse.Namespace) -> int:
     import torch
 
     from . import __version__
-    from .ops import BACKENDS, why_unavailable
+    from .backend import BACKENDS, why_unavailable
 
     print(f"ditq_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics"):
@@ -222,7 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ditq",
         description="Diffusion transformers in 8 and 4 bits: calibrated from one sampling step, no training.",
-        epilog="DITQ_BACKEND=reference|triton chooses the backend, DITQ_DEBUG=1 shows tracebacks.",
+        epilog="DITQ_BACKEND=reference|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows what each product runs on, "
+        "DITQ_DEBUG=1 shows tracebacks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -343,7 +344,7 @@ def _seed(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     args = _parser().parse_args(argv)
-    from .ops import UnsupportedError
+    from .errors import UnsupportedError
 
     try:
         return args.run(args)

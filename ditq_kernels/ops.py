@@ -7,100 +7,16 @@ that graphs captured by
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-import importlib.util
-import os
-from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 
-from . import reference
+from .backend import backend_of
 from .errors import UnsupportedError
 from .formats import WEIGHT_FORMATS, WeightFormat
 from .packing import LAYOUTS
 
-BACKENDS = ("reference", "triton", "cuda")
-BACKEND_VARIABLE = "DITQ_BACKEND"
 GELU_FORMS = ("none", "tanh")  # as torch.nn.functional.gelu names them
-_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("ditq_backend", default=None)
-
-
-def _known_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(BACKENDS)}")
-    return name
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block, every op runs on backend ``name``: "reference", "triton" or "cuda".
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    token = _chosen.set(_known_backend(name))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, which is how CPU tensors can use them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def why_unavailable(backend: str, device_type: str) -> str | None:
-    """None if ``backend`` can serve tensors on ``device_type``, else the reason in one clause, with the way out."""
-    if backend == "reference":
-        return None
-    if backend == "cuda":
-        return "the CUDA extension is not part of this build; use triton or reference"
-    if not _triton_is_installed():
-        return "triton is not installed; pip install triton, or use reference"
-    if device_type == "cuda" and not interpreting():
-        return None
-    if device_type == "cpu" and interpreting():
-        return None
-    return (
-        "triton kernels need CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before they are first used, "
-        f"and these are {device_type}; use reference"
-    )
-
-
-def selected_backend(device_type: str) -> str:
-    """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA
-    tensors and reference for others.
-
-    Raises:
-        UnsupportedError: if the backend asked for cannot serve the device.
-        ValueError: if ``DITQ_BACKEND`` holds an unknown name.
-    """
-    asked = _chosen.get() or os.environ.get(BACKEND_VARIABLE)
-    if asked is None:
-        return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "reference"
-    reason = why_unavailable(_known_backend(asked), device_type)
-    if reason:
-        raise UnsupportedError(f"backend {asked!r} cannot serve {device_type} tensors: {reason}")
-    return asked
-
-
-def _backend(device: torch.device) -> ModuleType:
-    """The module that implements the ops for tensors on ``device``; kernels are imported on first use."""
-    if selected_backend(device.type) == "triton":
-        from . import kernels
-
-        return kernels
-    return reference
-
 
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_code"
 _NORM = "Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale"
@@ -160,13 +76,13 @@ def _check_weight(
 
 
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return _backend(x.device).quantize_activation(x, amax)
+    return backend_of(x.device).quantize_activation(x, amax)
 
 
 def _gelu_quantize(x, amax, approximate):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
-    return _backend(x.device).gelu_quantize(x, amax, approximate)
+    return backend_of(x.device).gelu_quantize(x, amax, approximate)
 
 
 def _check_norm(x, weight, bias, shift, scale) -> None:
@@ -188,12 +104,12 @@ def _check_norm(x, weight, bias, shift, scale) -> None:
 
 def _norm_modulate(x, weight, bias, shift, scale, eps):
     _check_norm(x, weight, bias, shift, scale)
-    return _backend(x.device).norm_modulate(x, weight, bias, shift, scale, eps)
+    return backend_of(x.device).norm_modulate(x, weight, bias, shift, scale, eps)
 
 
 def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     _check_norm(x, weight, bias, shift, scale)
-    return _backend(x.device).norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
+    return backend_of(x.device).norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
@@ -203,17 +119,17 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
             "ask for a floating-point dtype"
         )
-    return _backend(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+    return backend_of(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
     fmt = _check_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
-    return _backend(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
+    return backend_of(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
     fmt = _check_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
-    return _backend(grad.device).grad_input(grad, qweight, scale, group_code, fmt, in_features)
+    return backend_of(grad.device).grad_input(grad, qweight, scale, group_code, fmt, in_features)
 
 
 def _norm_modulate_fake(x, weight, bias, shift, scale, eps):

@@ -11,6 +11,7 @@ LAYERS = (
     ("errors", "formats"),
     ("packing",),
     ("quantizer", "reference", "kernels", "extension"),
+    ("backend",),
     ("ops",),
     ("linear",),
     ("recipes", "observation", "plan_table", "planning", "calibration", "conversion", "manifest", "checkpoint"),

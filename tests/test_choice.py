@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ditq_kernels import extension
 from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels import config, dispatch, tables
 from ditq_kernels.kernels.config import Config, Problem
@@ -79,9 +80,28 @@ def test_descriptors_need_the_copy_engine_and_rows_of_whole_16_bytes():
     assert not config.is_valid(with_descriptors, problem(4096, 3072, 3072, 1, W8, capability=80, multiprocessors=108))
 
 
-def test_the_extension_waits_for_a_measurement():
-    for rows in config.ROW_CLASSES:
-        assert all(c.route != "cuda" for c in config.candidates(problem(rows, 1152, 1152, 1, W8)))
+def test_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "why_unavailable", lambda: None)
+    given = problem(2048, 1152, 1152, 1, W8)
+    from_extension = [c for c in config.candidates(given) if c.route == "cuda"]
+    assert [c.instance for c in from_extension] == list(range(len(extension.TILES)))
+    assert all(config.heuristic(problem(rows, 1152, 1152, 1, W8)).route != "cuda" for rows in config.ROW_CLASSES)
+    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, from_extension[2])], {})
+    assert tables.choose(given, "gpu") == from_extension[2]
+    tables.choose.cache_clear()
+    monkeypatch.setattr(extension, "why_unavailable", lambda: "it is not built")
+    assert tables.choose(given, "gpu") == config.heuristic(given)
+
+
+def test_what_the_extension_lacks_is_no_candidate(monkeypatch):
+    monkeypatch.setattr(extension, "why_unavailable", lambda: None)
+
+    def routes(*arguments, **device):
+        return {c.route for c in config.candidates(problem(*arguments, **device))}
+
+    assert "cuda" in routes(16, 1152, 1152, 2, W4) and "cuda" not in routes(17, 1152, 1152, 2, W4)
+    assert "cuda" not in routes(2048, 1152, 1152, 1, W4)
+    assert "cuda" not in routes(2048, 1152, 1152, 1, W8, capability=80, multiprocessors=108)
 
 
 def entry(given, chosen):

@@ -7,7 +7,7 @@ import torch
 from oracle import activations, linear
 
 import ditq_kernels as ditq
-from ditq_kernels import QuantLinear, ops
+from ditq_kernels import QuantLinear, backend, extension, ops
 from ditq_kernels.formats import WEIGHT_FORMATS
 
 CPU = torch.device("cpu")
@@ -98,17 +98,17 @@ def test_quantize_activation_compiles():
 
 
 def test_the_backend_is_chosen_by_context_then_environment_then_device(monkeypatch):
-    monkeypatch.delenv(ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.selected_backend("cpu") == "reference"
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "triton")
-    assert ops.selected_backend("cpu") == "triton"
+    assert backend.selected_backend("cpu") == "reference"
+    monkeypatch.setenv(backend.BACKEND_VARIABLE, "triton")
+    assert backend.selected_backend("cpu") == "triton"
     with ditq.use_backend("reference"):
-        assert ops.selected_backend("cpu") == "reference"
+        assert backend.selected_backend("cpu") == "reference"
         with ditq.use_backend("triton"):
-            assert ops.selected_backend("cpu") == "triton"
-        assert ops.selected_backend("cpu") == "reference"
-    assert ops.selected_backend("cpu") == "triton"
+            assert backend.selected_backend("cpu") == "triton"
+        assert backend.selected_backend("cpu") == "reference"
+    assert backend.selected_backend("cpu") == "triton"
 
 
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch, device):
@@ -131,8 +131,10 @@ def test_unsupported_combinations_say_what_would_work(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with ditq.use_backend("triton"), pytest.raises(ditq.UnsupportedError, match=r"TRITON_INTERPRET=1.*use reference"):
         ditq.quantize_activation(x)
-    with ditq.use_backend("cuda"), pytest.raises(ditq.UnsupportedError, match="use triton or reference"):
-        ditq.quantize_activation(x)
+    for reason, said in ((None, "takes CUDA tensors, and these are cpu; use reference"), ("not built", "not built")):
+        monkeypatch.setattr(extension, "why_unavailable", lambda reason=reason: reason)
+        with ditq.use_backend("cuda"), pytest.raises(ditq.UnsupportedError, match=said):
+            ditq.quantize_activation(x)
     with (
         pytest.raises(ValueError, match="unknown backend 'cpu'; allowed: reference, triton, cuda"),
         ditq.use_backend("cpu"),

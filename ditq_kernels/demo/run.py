@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from .. import ops
+from ..backend import selected_backend
 from ..calibration import Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..formats import RECOMMENDED, Scheme
@@ -190,7 +190,7 @@ def run_demo(settings: Settings, model_directory: Path = MODEL_DIRECTORY) -> tup
                 quantized_bytes=stored if layers else None,
                 model_bytes=stored_bytes(model),
                 seconds_per_step=seconds,
-                backend=ops.selected_backend(torch.device(settings.device).type) if layers else "torch",
+                backend=selected_backend(torch.device(settings.device).type) if layers else "torch",
                 **comparison,
             )
         )

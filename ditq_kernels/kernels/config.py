@@ -81,6 +81,8 @@ class Config:
     instance: int = 0
 
     def __str__(self) -> str:
+        if self.route == "cuda":
+            return f"cuda instance {self.instance}"
         tile = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
         warps = f" warps={self.num_warps} stages={self.num_stages}" if tile else ""
         return f"{self.route} {tile}{warps}{' descriptors' if self.descriptors else ''}".strip()
@@ -190,7 +192,23 @@ def _route_is_valid(config: Config, problem: Problem) -> bool:
         return fmt.two_level and config.block_m > 0  # cuBLAS would leave scales and bias to another pass
     if config.route == "expanded":
         return problem.activation_bytes == 2
-    return False  # the extension: no committed measurement shows it faster yet
+    return config.route == "cuda" and _extension_computes(config, problem)
+
+
+def _extension_computes(config: Config, problem: Problem) -> bool:
+    """Whether the CUDA extension is there and has the product; activations and output are taken to be bf16."""
+    import torch
+
+    from .. import extension
+
+    shape = (problem.rows, problem.out_features, problem.in_features)
+    if problem.activation_bytes == 1:
+        reason = extension.why_unsupported_a8(*shape, problem.fmt, torch.bfloat16, problem.capability)
+    else:
+        dtype = torch.bfloat16 if problem.activation_bytes == 2 else torch.float32
+        reason = extension.why_unsupported_a16(*shape, problem.fmt, dtype, problem.capability)
+        reason = reason or (f"no instance {config.instance}" if config.instance else None)
+    return reason is None and extension.why_unavailable() is None
 
 
 def is_valid(config: Config, problem: Problem) -> bool:
@@ -238,9 +256,11 @@ def _tiled_cost(block_m: int, block_n: int, problem: Problem) -> float:
 
 
 def estimate(config: Config, problem: Problem) -> float:
-    """The heuristic's figure for the duration, comparable among the configurations of one problem."""
-    if config.route == "small":
-        return 0.0  # where it is valid, nothing reads the weights faster
+    """The heuristic's figure for the duration, comparable among the configurations of one problem, but for the
+    extension's, which it knows nothing of.
+    """
+    if config.route in ("small", "cuda"):
+        return 0.0  # where the small product is valid, nothing reads the weights faster
     if config.block_m:
         cost = _tiled_cost(config.block_m, config.block_n, problem)
         if problem.capability >= 90 and not config.descriptors:
@@ -255,5 +275,8 @@ def estimate(config: Config, problem: Problem) -> float:
 
 
 def heuristic(problem: Problem) -> Config:
-    """The valid configuration with the smallest :func:`estimate`; the first listed among equals."""
-    return min(candidates(problem), key=lambda config: estimate(config, problem))
+    """The valid configuration with the smallest :func:`estimate`; the first listed among equals. Never the CUDA
+    extension: only a measurement may choose it.
+    """
+    ours = (config for config in candidates(problem) if config.route != "cuda")
+    return min(ours, key=lambda config: estimate(config, problem))

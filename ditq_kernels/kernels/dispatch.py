@@ -7,9 +7,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .. import extension
 from ..formats import WeightFormat
 from . import tables
-from .config import Config, Problem, row_class
+from .config import Config, Problem, heuristic, row_class
 from .dense_product import dense_product
 from .device import Device, describe, launch_device
 from .expansion import expanded_product
@@ -18,7 +19,8 @@ from .operands import Operands
 from .small_product import small_product
 
 # Routes that apply SiLU while they load activations; before the others it is a pass of its own.
-LOADS_WITH_SILU = ("small", "in_loop")
+LOADS_WITH_SILU = ("small", "in_loop", "cuda")
+HALF_PRECISION = (torch.bfloat16, torch.float16)  # what measurements of the extension speak of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,6 +50,13 @@ def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> t
     return y
 
 
+def _extension_product(operands: Operands, config: Config) -> torch.Tensor:
+    x, sx, *weight, fmt, out_dtype, silu = operands
+    if sx is None:
+        return extension.linear_a16(x, *weight, fmt, silu)
+    return extension.linear_a8(x, sx, *weight, fmt, out_dtype, config.instance)
+
+
 def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
     """[M, N] of ``operands``; ``config`` None takes the one chosen for the problem."""
     x = operands.x
@@ -60,6 +69,8 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         rows, in_features = x.shape
         out_features = operands.qweight.shape[0]
         config = _chosen(row_class(rows), out_features, in_features, x.element_size(), operands.fmt, device)
+        if config.route == "cuda" and operands.out_dtype not in HALF_PRECISION:
+            config = heuristic(problem_of(x, out_features, operands.fmt))
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)
@@ -70,6 +81,8 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
             return in_loop_product(operands, config)
         if config.route == "expanded":
             return expanded_product(operands, config, device.multiprocessors)
+        if config.route == "cuda":
+            return _extension_product(operands, config)
         return _int8_product(operands, config, device.multiprocessors)
 
 

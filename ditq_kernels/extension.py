@@ -1,0 +1,226 @@
+"""The CUDA extension: whether it is there, what it supports, and its two products with the reference's meaning.
+
+``csrc/`` holds its sources and ``setup.py`` builds it. Importing this module loads nothing; :func:`load` does, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .formats import WeightFormat
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+BUILD_IT = (
+    "with nvcc on PATH, install torch, setuptools and nvidia-cutlass==4.2.0.0 (--no-deps), then "
+    "DITQ_BUILD_CUDA=1 pip install --no-build-isolation -e ."
+)
+
+SMALL_ROWS = 16
+SMALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Compute capabilities, as 10 * major + minor, that small_product is compiled for; as in setup.py.
+SMALL_CAPABILITIES = (80, 86, 89, 90, 100, 120)
+INT8_CAPABILITY = 90
+INT8_DTYPES = (torch.bfloat16, torch.float16)
+INT8_INPUTS = 16  # in_features must be a multiple of it,
+INT8_OUTPUTS = 8  # and out_features of this one: rows of 16 bytes
+H100_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One instance of the int8 product: the part of the output that a thread block computes at a time."""
+
+    rows: int
+    outputs: int
+    schedule: Literal["ping_pong", "cooperative"]
+
+
+# As in csrc/int8_product.h, in its order; a tile's number is its place here.
+TILES = (
+    Tile(128, 192, "cooperative"),
+    Tile(128, 256, "cooperative"),
+    Tile(128, 144, "cooperative"),
+    Tile(128, 96, "ping_pong"),
+    Tile(64, 80, "ping_pong"),
+)
+CLUSTER = 2  # thread blocks, one above the other, that run together
+
+
+@functools.cache
+def _failure() -> str | None:
+    """Loads the library and declares its fakes; what went wrong, or None."""
+    if not LIBRARY.exists():
+        return f"the CUDA extension is not built; {BUILD_IT}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the CUDA extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
+    torch.library.register_fake("ditq_cuda::small_product", _small_product_fake)
+    torch.library.register_fake("ditq_cuda::int8_product", _int8_product_fake)
+    return None
+
+
+def why_unavailable() -> str | None:
+    """None if the extension can be used, else the reason in one clause, with the way out. Loads it if it is there."""
+    return _failure()
+
+
+def load() -> None:
+    """Makes ``torch.ops.ditq_cuda`` usable. Calls after the first cost nothing.
+
+    Raises:
+        ImportError: if the extension is not built or cannot be loaded, with the way out.
+    """
+    reason = _failure()
+    if reason:
+        raise ImportError(reason)
+
+
+def _small_product_fake(x, qweight, scale, group_code, bias, bits, group, silu):
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+def _int8_product_fake(qx, sx, qweight, scale, bias, out_dtype, tile):
+    return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
+
+
+def _capability_text(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _runs_small_product(capability: int) -> bool:
+    """Machine code runs on its own major version from its minor on; the intermediate code of the last one on all
+    later.
+    """
+    return capability >= SMALL_CAPABILITIES[-1] or any(
+        capability // 10 == built // 10 and capability >= built for built in SMALL_CAPABILITIES
+    )
+
+
+def why_unsupported_a8(
+    rows: int, out_features: int, in_features: int, fmt: WeightFormat, out_dtype: torch.dtype, capability: int
+) -> str | None:
+    """None if :func:`linear_a8` serves the problem, else the reason in one clause. ``capability``: 10 * major + minor
+    of the device.
+    """
+    if capability != INT8_CAPABILITY:
+        return (
+            f"the extension's int8 product is built for compute capability {_capability_text(INT8_CAPABILITY)} only, "
+            f"and this device has {_capability_text(capability)}"
+        )
+    if fmt.bits != 8 or fmt.group is not None:
+        return f"the extension's int8 product takes int8 weights with one scale per output, and these are {fmt.name}"
+    if out_dtype not in INT8_DTYPES:
+        return f"the extension's int8 product writes {' or '.join(map(str, INT8_DTYPES))}, not {out_dtype}"
+    if in_features % INT8_INPUTS or in_features == 0:
+        return f"the extension's int8 product needs in_features to be a multiple of {INT8_INPUTS}, not {in_features}"
+    if out_features % INT8_OUTPUTS:
+        return f"the extension's int8 product needs out_features to be a multiple of {INT8_OUTPUTS}, not {out_features}"
+    return None
+
+
+def why_unsupported_a16(
+    rows: int, out_features: int, in_features: int, fmt: WeightFormat, x_dtype: torch.dtype, capability: int
+) -> str | None:
+    """None if :func:`linear_a16` serves the problem, else the reason in one clause. ``capability``: 10 * major + minor
+    of the device.
+    """
+    if not _runs_small_product(capability):
+        return f"the extension is not built for compute capability {_capability_text(capability)}"
+    if rows > SMALL_ROWS:
+        return f"the extension's product for 16-bit activations takes at most {SMALL_ROWS} rows, not {rows}"
+    if x_dtype not in SMALL_DTYPES:
+        return f"the extension takes activations in {', '.join(map(str, SMALL_DTYPES))}, not {x_dtype}"
+    if in_features == 0:
+        return "the extension needs in_features to be at least 1"
+    return None
+
+
+def tile_cycles(tile: Tile, in_features: int) -> int:
+    """Clock cycles that a multiprocessor of an H100 needs for one tile: the larger of what matrix instructions and
+    shared memory take for every 32 inputs (a multiprocessor does 4096 int8 multiply-adds a cycle, and moves 128 bytes),
+    and, where nothing else runs meanwhile, the epilogue. Reasoned, not measured.
+    """
+    warpgroups = 2 if tile.schedule == "cooperative" else 1  # that share a tile: each reads all its weights
+    multiplying = tile.rows * tile.outputs * 32 // 4096
+    filled = 32 * (tile.rows + tile.outputs)
+    fragments = max(tile.rows // 64 // warpgroups, 1)  # wgmmas of a warpgroup, 64 rows high, that read the same weights
+    read = 32 * (tile.rows + tile.outputs * warpgroups * fragments)
+    epilogue = tile.rows * tile.outputs // 16 if tile.schedule == "cooperative" else 0
+    return -(-in_features // 32) * max(multiplying, (filled + read) // 128) + epilogue
+
+
+def choose_tile(rows: int, out_features: int, in_features: int, multiprocessors: int) -> int:
+    """The number of the tile that is estimated to be the fastest: the waves that its tiles take on the device, times
+    the cycles of a tile.
+    """
+
+    def cycles(number: int) -> int:
+        tile = TILES[number]
+        tiles_down = -(-rows // tile.rows)
+        tiles = -(-tiles_down // CLUSTER) * CLUSTER * -(-out_features // tile.outputs)
+        at_once = max(multiprocessors // CLUSTER * CLUSTER, 1)
+        return -(-tiles // at_once) * tile_cycles(tile, in_features)
+
+    return min(range(len(TILES)), key=cycles)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    out_dtype: torch.dtype,
+    tile: int | None = None,
+) -> torch.Tensor:
+    """``qx`` int8 [M, K] times ``qweight`` int8 [N, K] transposed, to [M, N] in ``out_dtype``:
+    ``acc * sx * scale + bias`` in fp32 and in this order. ``sx`` fp32 [M], ``scale`` fp32 [N], ``bias`` any float [N];
+    ``group_code`` is None. ``tile`` is a place in :data:`TILES`; None chooses one.
+
+    Raises:
+        ImportError: if the extension is not there.
+        ValueError: if the format is not int8 with one scale per output.
+        RuntimeError: if an operand or the device is not as :func:`why_unsupported_a8` wants it.
+    """
+    if fmt.bits != 8 or fmt.group is not None:
+        raise ValueError(why_unsupported_a8(0, 0, 0, fmt, out_dtype, INT8_CAPABILITY))
+    load()
+    if tile is None:
+        known = qx.device.type == "cuda" and torch.cuda.is_available()
+        multiprocessors = _multiprocessors(qx.get_device()) if known else H100_MULTIPROCESSORS
+        tile = choose_tile(qx.shape[0], qweight.shape[0], qx.shape[1], multiprocessors)
+    return torch.ops.ditq_cuda.int8_product(qx.contiguous(), sx, qweight, scale, bias, out_dtype, tile)
+
+
+def linear_a16(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    silu: bool = False,
+) -> torch.Tensor:
+    """``x`` [M, K], M up to 16, or SiLU of it rounded to its dtype, to [M, N] in ``x.dtype``. Rows of ``x`` may lie
+    apart; the weight is as :mod:`.packing` stores it.
+
+    Raises:
+        ImportError: if the extension is not there.
+        RuntimeError: if an operand is not as :func:`why_unsupported_a16` wants it.
+    """
+    load()
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    return torch.ops.ditq_cuda.small_product(rows, qweight, scale, group_code, bias, fmt.bits, fmt.group or 0, silu)

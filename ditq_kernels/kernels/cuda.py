@@ -1,0 +1,66 @@
+"""The backend ``cuda``: products by the CUDA extension, all else by the Triton kernels, which it does not replace."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import extension
+from ..errors import UnsupportedError
+from ..formats import WeightFormat
+from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
+from .device import describe
+from .gradient import grad_input
+
+__all__ = [
+    "gelu_quantize",
+    "grad_input",
+    "linear_a8",
+    "linear_a16",
+    "norm_modulate",
+    "norm_modulate_quantize",
+    "quantize_activation",
+]
+
+
+def _refuse(reason: str | None) -> None:
+    if reason:
+        raise UnsupportedError(f"backend 'cuda' lacks this product: {reason}; use triton")
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.linear_a8`.
+
+    Raises:
+        UnsupportedError: for what :func:`ditq_kernels.extension.why_unsupported_a8` names.
+    """
+    shape = (qx.shape[0], qweight.shape[0], qx.shape[1])
+    _refuse(extension.why_unsupported_a8(*shape, fmt, out_dtype, describe(qx.device).capability))
+    return extension.linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+
+
+def linear_a16(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    fmt: WeightFormat,
+    silu: bool = False,
+) -> torch.Tensor:
+    """See :func:`ditq_kernels.reference.linear_a16`.
+
+    Raises:
+        UnsupportedError: for what :func:`ditq_kernels.extension.why_unsupported_a16` names.
+    """
+    shape = (x.shape[0], qweight.shape[0], x.shape[1])
+    _refuse(extension.why_unsupported_a16(*shape, fmt, x.dtype, describe(x.device).capability))
+    return extension.linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
