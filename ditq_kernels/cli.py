@@ -222,8 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ditq",
         description="Diffusion transformers in 8 and 4 bits: calibrated from one sampling step, no training.",
-        epilog="DITQ_BACKEND=reference|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows what each product runs on, "
-        "DITQ_DEBUG=1 shows tracebacks.",
+        epilog="DITQ_BACKEND=reference|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows the kernel that each "
+        "product runs on, DITQ_DEBUG=1 shows tracebacks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
