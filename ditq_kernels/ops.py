@@ -179,18 +179,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
+    rows = _rows(x)
+    if quantizes_input:
+        qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
+        y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
+    else:
+        y = torch.ops.ditq.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
 class _QuantizedLinear(torch.autograd.Function):
     """``y = x W^T + b`` on a packed weight; the gradient passes straight through the activation's rounding."""
 
-    @staticmethod
-    def forward(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
-        rows = _rows(x)
-        if quantizes_input:
-            qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
-            y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
-        else:
-            y = torch.ops.ditq.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
-        return y.view(*x.shape[:-1], qweight.shape[0])
+    forward = staticmethod(_product)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -235,7 +237,11 @@ def quantized_linear(
     Raises:
         ValueError: if the parts of the weight do not fit each other or the input.
     """
-    return _QuantizedLinear.apply(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+    arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _QuantizedLinear.apply(*arguments)
+    return _product(*arguments)  # half the Python of a Function that nobody differentiates
 
 
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

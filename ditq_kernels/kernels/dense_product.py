@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Config
+from .config import Config, cdiv
 from .decode import matrix_operand_type
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
@@ -127,7 +127,7 @@ def dense_product(
     """
     rows, in_features = x.shape
     out_features = w.shape[0]
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n)
+    tiles = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
     left, right, programs = x, w, tiles
     if config.descriptors and not (takes_descriptors(x) and takes_descriptors(w)):
         config = dataclasses.replace(config, descriptors=False)

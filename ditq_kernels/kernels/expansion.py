@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..formats import WeightFormat
 from ..packing import BLOCK as _BLOCK
-from .config import SCRATCH_BYTES, Config, columns_per_part
+from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, part_of_block
 from .dense_product import dense_product
 from .interpreter import interpreting
@@ -89,8 +89,7 @@ def chunks(out_features: int, in_features: int, element_bytes: int) -> list[tupl
     the last, each a multiple of 128 outputs.
     """
     largest = max(_BLOCK, SCRATCH_BYTES // (in_features * element_bytes) // _BLOCK * _BLOCK)
-    pieces = -(-out_features // largest)
-    size = -(-out_features // pieces // _BLOCK) * _BLOCK
+    size = cdiv(cdiv(out_features, cdiv(out_features, largest)), _BLOCK) * _BLOCK
     return [(first, min(size, out_features - first)) for first in range(0, out_features, size)]
 
 
@@ -108,7 +107,7 @@ def expand(
     count, in_features = expanded.shape
     constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
-    expansion_kernel[(triton.cdiv(count, EXPANSION_BLOCK_N), triton.cdiv(in_features, BLOCK.value) * parts)](
+    expansion_kernel[(cdiv(count, EXPANSION_BLOCK_N), cdiv(in_features, BLOCK.value) * parts)](
         qweight,
         scale,
         group_code,

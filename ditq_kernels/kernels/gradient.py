@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from .config import GRADIENT_TILE, columns_per_part
+from .config import GRADIENT_TILE, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .device import launch_device
 from .interpreter import interpreting
@@ -102,7 +102,7 @@ def grad_input(
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
-    grid = (triton.cdiv(rows, constants["BLOCK_M"]), triton.cdiv(in_features, BLOCK.value) * parts)
+    grid = (cdiv(rows, constants["BLOCK_M"]), cdiv(in_features, BLOCK.value) * parts)
     with launch_device(grad):
         grad_input_kernel[grid](
             grad,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from .config import Config, columns_per_part
+from .config import Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
@@ -126,7 +126,7 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(config, fmt, operands.out_dtype, in_features % BLOCK.value == 0, operands.silu)
-    in_loop_product_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)](
+    in_loop_product_kernel[(cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),)](
         x,
         operands.sx,
         operands.qweight,

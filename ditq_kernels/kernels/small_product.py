@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from .config import Config
+from .config import Config, cdiv
 from .decode import BLOCK, HALF_BLOCK, group_index
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
@@ -190,7 +190,7 @@ def small_product(operands: Operands, config: Config) -> torch.Tensor:
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(config, fmt, operands.silu)
-    small_product_kernel[(triton.cdiv(out_features, config.block_n),)](
+    small_product_kernel[(cdiv(out_features, config.block_n),)](
         x,
         operands.qweight,
         operands.scale,
