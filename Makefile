@@ -4,11 +4,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean gpu
 
-$(READY): pyproject.toml setup.py constraints.txt
+# What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
+# Of nvidia-cutlass only the headers are wanted, hence no dependencies.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) setuptools torch
+	$(INSTALL) --no-deps nvidia-cutlass
+	$(INSTALL) --no-build-isolation --editable '.[test]'
 	touch $@
 
 demo: $(READY)
@@ -27,3 +32,7 @@ format: $(READY)
 
 clean:
 	rm -rf $(VENV) out
+
+# Everything that a machine with a GPU can say, without the environment above where there is no network to make it from.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py

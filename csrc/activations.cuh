@@ -17,8 +17,8 @@ template <> __device__ __forceinline__ float round_to(float value) { return valu
 template <> __device__ __forceinline__ __half round_to(float value) { return __float2half_rn(value); }
 template <> __device__ __forceinline__ __nv_bfloat16 round_to(float value) { return __float2bfloat16_rn(value); }
 
-// x / (1 + e^-x). The fast forms are off by a few units of fp32's last place, which the rounding to 16 bits swallows; an
-// fp32 activation keeps all its bits and gets the slow ones.
+// x / (1 + e^-x). The fast forms are off by a few units of fp32's last place, which the rounding to 16 bits swallows (and
+// give 0 below -87, for numbers smaller than 1e-35); an fp32 activation keeps all its bits and gets the slow ones.
 template <class T> __device__ __forceinline__ T silu(T value) {
     const float x = to_float(value);
     if constexpr (sizeof(T) == 4) {

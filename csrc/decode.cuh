@@ -7,6 +7,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <vector_types.h>
 
 namespace ditq {
 
@@ -20,6 +21,11 @@ struct Group {
 
 DITQ_BOTH Group unpack_group(std::uint8_t stored) {
     return {(static_cast<std::uint32_t>(stored) >> 4) + 1, static_cast<std::uint32_t>(stored) & 0xF};
+}
+
+// One of four words, by a number that need not be known when this is compiled: registers have no addresses.
+DITQ_BOTH std::uint32_t word(const uint4& words, int index) {
+    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
 }
 
 // Four stored bytes hold codes of the low half-block in their low nibbles, of the high half-block in their high ones.
@@ -53,7 +59,7 @@ template <> struct UnitStep<__half> {
 template <class To, class From> DITQ_BOTH To bits_of(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
 }
 

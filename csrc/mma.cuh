@@ -1,4 +1,5 @@
-// The matrix instruction of sm_80 and later: a 16 x 16 operand times a 16 x 8 operand, in fp32.
+// The matrix instruction of sm_80 and later: a 16 x 16 operand times a 16 x 8 operand, in fp32. tests/emulation has a
+// file of this name with the same layout in plain C++.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ __device__ __forceinline__ void multiply_accumulate(
 template <>
 __device__ __forceinline__ void multiply_accumulate<__nv_bfloat16>(
     float (&total)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -27,7 +29,8 @@ __device__ __forceinline__ void multiply_accumulate<__nv_bfloat16>(
 template <>
 __device__ __forceinline__ void multiply_accumulate<__half>(
     float (&total)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -5,6 +5,7 @@
 // time, and the warp adds the lanes' sums in a fixed order.
 #include "activations.cuh"
 #include "decode.cuh"
+#include "launch.cuh"
 #include "load_float.cuh"
 #include "small_product.h"
 
@@ -16,22 +17,26 @@ constexpr int OUTPUTS = 4;  // of a warp
 constexpr int TOKENS = 4;   // of a block
 constexpr int CHUNK = 16;   // stored bytes of an output that a lane takes at a time
 
-struct Codes {
-    std::uint32_t words[CHUNK / 4];
-};
-
-__device__ __forceinline__ Codes load_codes(const std::uint8_t* row, int first, int row_bytes, bool vectors) {
-    if (vectors) {
-        const uint4 loaded = __ldcs(reinterpret_cast<const uint4*>(row + first));
-        return {{loaded.x, loaded.y, loaded.z, loaded.w}};
-    }
-    Codes codes{};
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
+// Four bytes of a row, zeros past its end. The loop stays a loop: what it serves is rare, and unrolled it would be most of
+// the kernel.
+__device__ __forceinline__ std::uint32_t load_word_by_bytes(const std::uint8_t* row, int first, int row_bytes) {
+    std::uint32_t loaded = 0;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
         const std::uint32_t byte = first + i < row_bytes ? row[first + i] : 0;
-        codes.words[i / 4] |= byte << (8 * (i % 4));
+        loaded |= byte << (8 * i);
     }
-    return codes;
+    return loaded;
+}
+
+__device__ __forceinline__ uint4 load_codes(const std::uint8_t* row, int first, int row_bytes, bool vectors) {
+    if (vectors) return __ldcs(reinterpret_cast<const uint4*>(row + first));
+    return {
+        load_word_by_bytes(row, first, row_bytes),
+        load_word_by_bytes(row, first + 4, row_bytes),
+        load_word_by_bytes(row, first + 8, row_bytes),
+        load_word_by_bytes(row, first + 12, row_bytes),
+    };
 }
 
 // Activations k .. k + 3 in fp32, zeros past K.
@@ -66,7 +71,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 template <class T, int BITS>
-__global__ void __launch_bounds__(32 * WARPS) small_product_fma_kernel(const SmallProduct p) {
+__global__ void __launch_bounds__(32 * WARPS, 3) small_product_fma_kernel(const SmallProduct p) {
     const int lane = threadIdx.x % 32;
     const int first_output = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
     const int first_token = blockIdx.y * TOKENS;
@@ -84,7 +89,7 @@ __global__ void __launch_bounds__(32 * WARPS) small_product_fma_kernel(const Sma
 
     float total[OUTPUTS][TOKENS] = {};
     for (int first = lane * CHUNK; first < row_bytes; first += 32 * CHUNK) {
-        Codes codes[OUTPUTS];
+        uint4 codes[OUTPUTS];
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) {
             codes[i] = load_codes(p.qweight + n[i] * p.row_bytes, first, row_bytes, weight_vectors);
@@ -103,21 +108,21 @@ __global__ void __launch_bounds__(32 * WARPS) small_product_fma_kernel(const Sma
             }
             float partial[OUTPUTS][TOKENS] = {};
             auto& sum = BITS == 4 ? total : partial;
-#pragma unroll
-            for (int word = 0; word < CHUNK / 4; ++word) {
+#pragma unroll 1
+            for (int index = 0; index < CHUNK / 4; ++index) {
                 float4 activations[TOKENS];
 #pragma unroll
                 for (int i = 0; i < TOKENS; ++i) {
                     if constexpr (sizeof(T) == 4) {
-                        activations[i] = x_vectors ? load_aligned_activations(x[i], run_k + 4 * word, p.inputs, p.silu)
-                                                   : load_activations(x[i], run_k + 4 * word, p.inputs, p.silu);
+                        activations[i] = x_vectors ? load_aligned_activations(x[i], run_k + 4 * index, p.inputs, p.silu)
+                                                   : load_activations(x[i], run_k + 4 * index, p.inputs, p.silu);
                     } else {
-                        activations[i] = load_activations(x[i], run_k + 4 * word, p.inputs, p.silu);
+                        activations[i] = load_activations(x[i], run_k + 4 * index, p.inputs, p.silu);
                     }
                 }
 #pragma unroll
                 for (int i = 0; i < OUTPUTS; ++i) {
-                    const std::uint32_t stored = codes[i].words[word];
+                    const std::uint32_t stored = word(codes[i], index);
                     const std::uint32_t weights =
                         BITS == 4 ? decode_four(low_nibbles(stored >> (4 * run)), group[i]) : stored;
 #pragma unroll
@@ -152,12 +157,8 @@ __global__ void __launch_bounds__(32 * WARPS) small_product_fma_kernel(const Sma
 template <class T>
 cudaError_t launch(const SmallProduct& p, cudaStream_t stream) {
     const dim3 blocks((p.outputs + WARPS * OUTPUTS - 1) / (WARPS * OUTPUTS), (p.rows + TOKENS - 1) / TOKENS);
-    if (p.bits == 4) {
-        small_product_fma_kernel<T, 4><<<blocks, 32 * WARPS, 0, stream>>>(p);
-    } else {
-        small_product_fma_kernel<T, 8><<<blocks, 32 * WARPS, 0, stream>>>(p);
-    }
-    return cudaGetLastError();
+    const auto kernel = p.bits == 4 ? small_product_fma_kernel<T, 4> : small_product_fma_kernel<T, 8>;
+    return enqueue(kernel, blocks, 32 * WARPS, p, stream);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 // staged in shared memory: each is loaded once, straight to the register from which it is multiplied.
 #include "activations.cuh"
 #include "decode.cuh"
+#include "launch.cuh"
 #include "load_float.cuh"
 #include "mma.cuh"
 #include "small_product.h"
@@ -97,10 +98,6 @@ __device__ __forceinline__ Piece<BITS> load_piece(const SmallProduct& p, Lane la
         }
     }
     return piece;
-}
-
-__device__ __forceinline__ std::uint32_t word(const uint4& words, int index) {
-    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
 }
 
 // Weights of four neighbouring inputs to two words of an operand: inputs 0 and 2, inputs 1 and 3.
@@ -243,14 +240,16 @@ template <class T, int BITS, int OUTPUT_TILES, int TOKEN_TILES>
 cudaError_t launch(const SmallProduct& p, cudaStream_t stream) {
     constexpr int OUTPUTS = OUTPUT_TILES * TILE_OUTPUTS;
     const unsigned blocks = (p.outputs + OUTPUTS - 1) / OUTPUTS;
-    small_product_mma_kernel<T, BITS, OUTPUT_TILES, TOKEN_TILES><<<blocks, 32 * WARPS, 0, stream>>>(p);
-    return cudaGetLastError();
+    return enqueue(small_product_mma_kernel<T, BITS, OUTPUT_TILES, TOKEN_TILES>, blocks, 32 * WARPS, p, stream);
 }
 
-// More rows of x are worth more outputs to a warp: what it loads of x serves all of them.
+// What a warp loads of x, and its SiLU, serve all its outputs: the more there is of it, the more outputs are worth having.
+constexpr int FEW_ROWS = 4;
+
 template <class T, int BITS>
 cudaError_t launch_for_rows(const SmallProduct& p, cudaStream_t stream) {
-    return p.rows <= TILE_TOKENS ? launch<T, BITS, 1, 1>(p, stream) : launch<T, BITS, 2, 2>(p, stream);
+    if (p.rows <= FEW_ROWS && !p.silu) return launch<T, BITS, 1, 1>(p, stream);
+    return p.rows <= TILE_TOKENS ? launch<T, BITS, 2, 1>(p, stream) : launch<T, BITS, 2, 2>(p, stream);
 }
 
 template <class T>

@@ -13,6 +13,9 @@ from ditq_kernels import QuantLinear, reference
 from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels import config, dispatch, expansion
 from ditq_kernels.kernels.config import CONFIGS, Config
+from ditq_kernels.kernels.dense_product import dense_product_kernel
+from ditq_kernels.kernels.expansion import expansion_kernel
+from ditq_kernels.kernels.in_loop_product import in_loop_product_kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -22,7 +25,7 @@ SMALL = (Config("small", 1, 4, num_warps=1), Config("small", 2, 8, num_warps=1),
 IN_LOOP = Config("in_loop", 16, 64, num_stages=2)
 INT8 = Config("int8", 32, 64, 128, num_stages=2)
 EXPANDED = Config("expanded", 32, 64, 64, num_stages=2)
-SHAPES = ((17, 80, 130), (65, 136, 384), (257, 64, 256))
+SHAPES = ((17, 80, 130), (33, 72, 384), (129, 64, 256))
 formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
 
@@ -56,7 +59,7 @@ def check_a16(fmt, shape, tile, device, dtypes=(torch.float32, torch.bfloat16, t
     w = reference.dequantize(*weight, fmt, in_features)
     for dtype in dtypes:
         x = activations(rows, in_features, dtype, device)
-        for b in (None, bias):
+        for b in (None, bias) if dtype == torch.bfloat16 else (bias,):
             y = dispatch.linear_a16(x, *weight, b, fmt, silu, tile)
             entering = F.silu(x) if silu else x
             exact = F.linear(entering.double(), w.double(), None if b is None else b.double())
@@ -135,9 +138,11 @@ def test_stretches_are_even_and_fit_the_scratch(features, element_bytes):
 @formats
 def test_expansion_is_the_decoded_weight(fmt, device):
     (qweight, scale, group_code), _ = stored(fmt, 150, 200, device)
-    scratch = torch.empty(22, 200, dtype=torch.bfloat16, device=device)
-    expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
-    assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(torch.bfloat16))
+    # The interpreter truncates to bf16 where a GPU rounds.
+    for dtype in (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16,):
+        scratch = torch.empty(22, 200, dtype=dtype, device=device)
+        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
+        assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(dtype))
     if fmt.two_level:
         scratch = torch.empty(22, 200, dtype=torch.int8, device=device)
         expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
@@ -187,6 +192,29 @@ def test_products_can_be_captured_in_a_cuda_graph(name, device):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w8", "w4_g128"])
+def test_nothing_is_compiled_when_only_m_changes(name, device):
+    fmt = WEIGHT_FORMATS[name]
+    weight, bias = stored(fmt, 1152, 1152, device)
+    kernels = (dense_product_kernel, in_loop_product_kernel, expansion_kernel)
+
+    def compiled():
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    def run(rows):
+        x = activations(rows, 1152, torch.bfloat16, device)
+        dispatch.linear_a16(x, *weight, bias, fmt)
+        dispatch.linear_a8(*reference.quantize_activation(x), *weight, bias, fmt, torch.bfloat16)
+
+    for rows in (512, 2048):
+        run(rows)
+        before = compiled()
+        for fewer in (1, 7, 16, 111):
+            run(rows - fewer)
+        assert compiled() == before
 
 
 def test_every_route_has_a_case_here():

@@ -1,7 +1,9 @@
-// The int8 product of one tile of int8_product.h (DITQ_TILE, its index), for sm_90a. The main loop is CUTLASS's: the
-// tensor memory accelerator brings in both operands, two warpgroups multiply them, the grid is persistent. The epilogue
-// is a tree of ours: ((acc * sx[m]) * scale[n]) + bias[n] in fp32, each step rounded by itself (this file is compiled
-// with -fmad=false), as every backend does it.
+// The int8 product of a tile of int8_product.h, for sm_90a. The main loop is CUTLASS's: the tensor memory accelerator
+// brings in both operands, two warpgroups multiply them, the grid is persistent. The epilogue is a tree of ours:
+// ((acc * sx[m]) * scale[n]) + bias[n] in fp32, each step rounded by itself (what includes this file is compiled with
+// -fmad=false), as every backend does it.
+#pragma once
+
 #include <cutlass/cutlass.h>
 
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -15,18 +17,11 @@
 #include "int8_product.h"
 
 namespace ditq {
-namespace {
 
 namespace fusion = cutlass::epilogue::fusion;
 
-constexpr bool ping_pong = Int8Tile<DITQ_TILE>::schedule == Schedule::ping_pong;
-using Tile = cute::Shape<cute::Int<Int8Tile<DITQ_TILE>::rows>, cute::Int<Int8Tile<DITQ_TILE>::outputs>, cute::_128>;
 // Two blocks, one above the other, share the tile of weights that they both need.
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-using MainloopSchedule = cute::conditional_t<
-    ping_pong, cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-using EpilogueSchedule = cute::conditional_t<
-    ping_pong, cutlass::epilogue::TmaWarpSpecialized, cutlass::epilogue::TmaWarpSpecializedCooperative>;
 
 template <template <class> class Operation, class Left, class Right>
 using Fp32 = fusion::Sm90EVT<
@@ -36,17 +31,23 @@ template <template <class> class Operation, class Output, class Left, class Righ
 using Fp32To = fusion::Sm90EVT<
     fusion::Sm90Compute<Operation, Output, float, cutlass::FloatRoundStyle::round_to_nearest>, Left, Right>;
 
-using PerRow = fusion::Sm90ColBroadcast<0, Tile, float>;
-using PerOutput = fusion::Sm90RowBroadcast<0, Tile, float>;
-using RowScaled = Fp32<cutlass::multiplies, fusion::Sm90AccFetch, PerRow>;
-using Scaled = Fp32<cutlass::multiplies, RowScaled, PerOutput>;
-
 // 16-byte accesses.
 constexpr int INT8_ALIGNMENT = 16;
 constexpr int OUTPUT_ALIGNMENT = 8;
 
-template <class Output>
+template <int INDEX, class Output>
 struct Product {
+    static constexpr bool ping_pong = Int8Tile<INDEX>::schedule == Schedule::ping_pong;
+    using Tile = cute::Shape<cute::Int<Int8Tile<INDEX>::rows>, cute::Int<Int8Tile<INDEX>::outputs>, cute::_128>;
+    using MainloopSchedule = cute::conditional_t<
+        ping_pong, cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+    using EpilogueSchedule = cute::conditional_t<
+        ping_pong, cutlass::epilogue::TmaWarpSpecialized, cutlass::epilogue::TmaWarpSpecializedCooperative>;
+
+    using PerRow = fusion::Sm90ColBroadcast<0, Tile, float>;
+    using PerOutput = fusion::Sm90RowBroadcast<0, Tile, float>;
+    using RowScaled = Fp32<cutlass::multiplies, fusion::Sm90AccFetch, PerRow>;
+    using Scaled = Fp32<cutlass::multiplies, RowScaled, PerOutput>;
     using Biased = Fp32To<cutlass::plus, Output, Scaled, BiasRow<Tile>>;
     using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -90,19 +91,24 @@ struct Product {
     }
 };
 
-}  // namespace
-
-template <>
-std::size_t int8_workspace_bytes<DITQ_TILE>(const Int8Product& product) {
-    return product.y_type == FloatType::bfloat16
-               ? Product<cutlass::bfloat16_t>::Gemm::get_workspace_size(Product<cutlass::bfloat16_t>::arguments(product))
-               : Product<cutlass::half_t>::Gemm::get_workspace_size(Product<cutlass::half_t>::arguments(product));
+template <int INDEX>
+std::size_t int8_workspace_bytes(const Int8Product& p) {
+    using Bfloat16 = Product<INDEX, cutlass::bfloat16_t>;
+    using Float16 = Product<INDEX, cutlass::half_t>;
+    return p.y_type == FloatType::bfloat16 ? Bfloat16::Gemm::get_workspace_size(Bfloat16::arguments(p))
+                                           : Float16::Gemm::get_workspace_size(Float16::arguments(p));
 }
 
-template <>
-const char* launch_int8_product<DITQ_TILE>(const Int8Product& product, void* workspace, cudaStream_t stream) {
-    return product.y_type == FloatType::bfloat16 ? Product<cutlass::bfloat16_t>::launch(product, workspace, stream)
-                                                 : Product<cutlass::half_t>::launch(product, workspace, stream);
+template <int INDEX>
+const char* launch_int8_product(const Int8Product& p, void* workspace, cudaStream_t stream) {
+    return p.y_type == FloatType::bfloat16 ? Product<INDEX, cutlass::bfloat16_t>::launch(p, workspace, stream)
+                                           : Product<INDEX, cutlass::half_t>::launch(p, workspace, stream);
 }
 
 }  // namespace ditq
+
+// Compiles the two functions for tile number INDEX. Most of the compiler's time goes into CUTLASS's headers, which is why
+// several tiles share a file.
+#define DITQ_INT8_TILE(INDEX)                                                   \
+    template std::size_t ditq::int8_workspace_bytes<INDEX>(const Int8Product&); \
+    template const char* ditq::launch_int8_product<INDEX>(const Int8Product&, void*, cudaStream_t)

@@ -1,0 +1,347 @@
+"""The CUDA extension: how it is built, what it declares, its machine code, and on a GPU its numbers."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import activations, assert_within_budget, linear
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ditq_kernels import QuantLinear, extension, packing, reference
+from ditq_kernels.formats import WEIGHT_FORMATS
+
+ROOT = Path(__file__).parent.parent
+HAS_NVCC = shutil.which("nvcc") is not None
+needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="nvcc is absent, so that the extension is not built")
+formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+# ---- Numbers that stand in two places ----
+
+
+def test_python_and_cpp_agree():
+    header = (ROOT / "csrc" / "int8_product.h").read_text()
+    tiles = re.findall(r"Int8Tile<(\d+)> : TileShape<(\d+), (\d+), Schedule::(\w+)>", header)
+    assert [int(number) for number, *_ in tiles] == list(range(len(extension.TILES)))
+    assert tuple(extension.Tile(int(m), int(n), schedule) for _, m, n, schedule in tiles) == extension.TILES
+    assert int(re.search(r"INT8_TILES = (\d+)", header)[1]) == len(tiles)
+    compiled = [
+        (int(number), path.stem.removeprefix("int8_product_"))
+        for path in (ROOT / "csrc").glob("int8_product_*.cu")
+        for number in re.findall(r"DITQ_INT8_TILE\((\d+)\)", path.read_text())
+    ]
+    assert sorted(compiled) == [(number, tile.schedule) for number, tile in enumerate(extension.TILES)]
+    small = (ROOT / "csrc" / "small_product.h").read_text()
+    assert int(re.search(r"BLOCK = (\d+)", small)[1]) == packing.BLOCK
+    assert int(re.search(r"SMALL_ROWS = (\d+)", small)[1]) == extension.SMALL_ROWS
+
+
+# ---- What it declares ----
+
+
+@pytest.fixture
+def ops():
+    """torch.ops.ditq_cuda. Where there is nvcc, `make` has built the extension, and PyTorch without CUDA loads it."""
+    assert extension.why_unavailable() is None
+    extension.load()
+    return torch.ops.ditq_cuda
+
+
+@needs_nvcc
+def test_schemas(ops):
+    assert str(ops.small_product.default._schema) == (
+        "ditq_cuda::small_product(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int bits, "
+        "int group, bool silu) -> Tensor"
+    )
+    assert str(ops.int8_product.default._schema) == (
+        "ditq_cuda::int8_product(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? bias, "
+        "ScalarType out_dtype, int tile) -> Tensor"
+    )
+
+
+def stored(fmt, out_features, in_features, device="cpu"):
+    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    layer = QuantLinear.from_linear(
+        linear(out_features, in_features, torch.device("cpu")), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
+    ).to(device)
+    return (layer.qweight.detach(), layer.scale.detach(), layer.group_code), layer.bias.detach()
+
+
+@needs_nvcc
+@pytest.mark.usefixtures("ops")
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_fakes(kind):
+    weight, bias = stored(WEIGHT_FORMATS["w4_g64"], 24, 192)
+    dense, _ = stored(WEIGHT_FORMATS["w8"], 24, 192)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def given(tensor):
+        return mode.from_tensor(tensor) if kind == "fake" else tensor.to("meta")
+
+    def everything(part):
+        return None if part is None else given(part)
+
+    with mode:
+        x = given(torch.zeros(5, 192, dtype=BF16))
+        y = extension.linear_a16(x, *map(everything, weight), everything(bias), WEIGHT_FORMATS["w4_g64"])
+        assert (y.shape, y.dtype, y.device) == ((5, 24), BF16, x.device)
+        qx, sx = given(torch.zeros(300, 192, dtype=torch.int8)), given(torch.zeros(300))
+        y = extension.linear_a8(qx, sx, *map(everything, dense), everything(bias), WEIGHT_FORMATS["w8"], FP16)
+        assert (y.shape, y.dtype, y.device) == ((300, 24), FP16, qx.device)
+
+
+def small_arguments(**changes):
+    (qweight, scale, group_code), bias = stored(WEIGHT_FORMATS["w4_g32"], 24, 192)
+    given = dict(x=torch.zeros(3, 192), qweight=qweight, scale=scale, group_code=group_code, bias=bias)
+    return {**given, "bits": 4, "group": 32, "silu": False, **changes}
+
+
+def int8_arguments(**changes):
+    given = dict(qx=torch.zeros(3, 32, dtype=torch.int8), sx=torch.ones(3), scale=torch.ones(24))
+    given["qweight"] = torch.zeros(24, 32, dtype=torch.int8)
+    return {**given, "bias": None, "out_dtype": BF16, "tile": 0, **changes}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "x must be on a CUDA device"),
+        (dict(bits=3), "bits must be 4 or 8, got 3"),
+        (dict(group=48), "group must be 0 .*, 32, 64 or 128, got 48"),
+        (dict(x=torch.zeros(192)), "x must have 2 dimensions, got 1"),
+        (dict(x=torch.zeros(17, 192)), "x must have at most 16 rows, got 17"),
+        (dict(x=torch.zeros(3, 0)), "x must have columns"),
+        (dict(x=torch.zeros(3, 192, dtype=torch.int8)), "x must be Float, Half or BFloat16, got Char"),
+        (dict(x=torch.zeros(192, 3).T), "neighbours in a row of x must be neighbours in memory"),
+        (dict(x=torch.zeros(3, 320)), r"qweight must be \[24, 192\], got \[24, 128\]"),
+        (dict(qweight=torch.zeros(24, 128, dtype=torch.int8)), "qweight must be Byte, got Char"),
+        (dict(qweight=torch.zeros(128, 24, dtype=torch.uint8).T), "qweight must be contiguous"),
+        (dict(scale=torch.ones(24, dtype=BF16)), "scale must be Float, got BFloat16"),
+        (dict(scale=torch.ones(6, 24)), r"scale must be \[24\], got \[6, 24\]"),
+        (dict(group_code=None), "group_code belongs to 4-bit weights"),
+        (dict(group_code=torch.zeros(3, 24, dtype=torch.uint8)), r"group_code must be \[6, 24\], got \[3, 24\]"),
+        (dict(bias=torch.zeros(25)), r"bias must be \[24\], got \[25\]"),
+        (dict(bias=torch.zeros(24, dtype=torch.int32)), "bias must be Float, Half or BFloat16, got Int"),
+    ],
+)
+def test_the_small_product_says_what_is_wrong(changes, words, ops):
+    with pytest.raises(RuntimeError, match=words):
+        ops.small_product(**small_arguments(**changes))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "qx must be on a CUDA device"),
+        (dict(tile=5), "tile must be 0 to 4, got 5"),
+        (dict(tile=-1), "tile must be 0 to 4, got -1"),
+        (dict(out_dtype=torch.float32), "out_dtype must be Half or BFloat16, got Float"),
+        (dict(qx=torch.zeros(3, 24, dtype=torch.int8)), "columns of qx must be a multiple of 16, got 24"),
+        (dict(qweight=torch.zeros(20, 32, dtype=torch.int8)), "rows of qweight must be a multiple of 8, got 20"),
+        (dict(qx=torch.zeros(3, 32, dtype=torch.uint8)), "qx must be Char, got Byte"),
+        (dict(qx=torch.zeros(3, 48, dtype=torch.int8)[:, :32]), "qx must be contiguous"),
+        (dict(qweight=torch.zeros(24, 16, dtype=torch.int8)), r"qweight must be \[24, 32\], got \[24, 16\]"),
+        (dict(sx=torch.ones(4)), r"sx must be \[3\], got \[4\]"),
+        (dict(scale=torch.ones(6)[::2]), r"scale must be \[24\], got \[3\]"),
+    ],
+)
+def test_the_int8_product_says_what_is_wrong(changes, words, ops):
+    with pytest.raises(RuntimeError, match=words):
+        ops.int8_product(**int8_arguments(**changes))
+
+
+def test_without_the_library_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(extension, "_failure", extension._failure.__wrapped__)
+    assert re.search("not built; .*DITQ_BUILD_CUDA=1 pip install", extension.why_unavailable())
+    with pytest.raises(ImportError, match="not built"):
+        extension.load()
+    extension.LIBRARY.write_text("no library")
+    assert re.search("cannot be loaded .*DITQ_BUILD_CUDA=1", extension.why_unavailable())
+
+
+# ---- What it supports ----
+
+
+def test_what_the_int8_product_supports():
+    w8 = WEIGHT_FORMATS["w8"]
+    assert extension.why_unsupported_a8(4096, 1152, 1152, w8, BF16, 90) is None
+    assert "8.9" in extension.why_unsupported_a8(4096, 1152, 1152, w8, BF16, 89)
+    assert "w8_g128" in extension.why_unsupported_a8(4096, 1152, 1152, WEIGHT_FORMATS["w8_g128"], BF16, 90)
+    assert "w4" in extension.why_unsupported_a8(4096, 1152, 1152, WEIGHT_FORMATS["w4"], BF16, 90)
+    assert "float32" in extension.why_unsupported_a8(4096, 1152, 1152, w8, torch.float32, 90)
+    assert "multiple of 16, not 1160" in extension.why_unsupported_a8(4096, 1152, 1160, w8, BF16, 90)
+    assert "multiple of 8, not 1156" in extension.why_unsupported_a8(4096, 1156, 1152, w8, BF16, 90)
+    with pytest.raises(ValueError, match="w4_g32"):
+        extension.linear_a8(None, None, None, None, None, None, WEIGHT_FORMATS["w4_g32"], BF16)
+
+
+@formats
+def test_what_the_small_product_supports(fmt):
+    for capability in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+        assert extension.why_unsupported_a16(16, 7, 201, fmt, BF16, capability) is None
+    assert "7.5" in extension.why_unsupported_a16(1, 8, 128, fmt, FP16, 75)
+    assert "11.0" in extension.why_unsupported_a16(1, 8, 128, fmt, FP16, 110)
+    assert "not 17" in extension.why_unsupported_a16(17, 8, 128, fmt, FP16, 90)
+    assert "float64" in extension.why_unsupported_a16(1, 8, 128, fmt, torch.float64, 90)
+
+
+def test_the_choice_of_a_tile():
+    """Few rows want many small tiles, many rows large ones, and a width that leaves no multiprocessor idle wins."""
+
+    def chosen(rows, out_features, in_features):
+        tile = extension.TILES[extension.choose_tile(rows, out_features, in_features, 132)]
+        return tile.rows, tile.outputs
+
+    assert chosen(1, 1152, 1152) == (64, 80)
+    assert chosen(512, 1152, 1152) == (64, 80)
+    assert chosen(2048, 1152, 1152) == (128, 144)  # 128 tiles: one wave of 132
+    assert chosen(8192, 12288, 3072) == (128, 256)
+    for rows in (1, 17, 500, 5000):
+        assert 0 <= extension.choose_tile(rows, 8, 16, 1) < len(extension.TILES)
+
+
+# ---- Numbers ----
+
+# (M, N, K): K that ends inside a group, a half-block and a step, or that no matrix instruction takes; N inside a tile.
+SMALL_SHAPES = ((1, 64, 128), (2, 96, 208), (5, 33, 320), (8, 1152, 1152), (9, 40, 2240), (16, 72, 1040), (13, 9, 201))
+INT8_SHAPES = ((1, 64, 128), (17, 88, 48), (129, 144, 1152), (257, 1152, 1152), (530, 264, 4608))
+
+
+@pytest.fixture
+def cuda():
+    reason = extension.why_unavailable()
+    if reason:
+        pytest.skip(reason)
+    return torch.device("cuda")
+
+
+def capability():
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def assert_is_the_product(actual, x, weight, bias, fmt):
+    w = reference.dequantize(*weight, fmt, x.shape[1])
+    exact = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert_within_budget(actual, F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+@formats
+def test_products_of_few_rows(fmt, shape, dtype, cuda):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, cuda)
+    x = activations(rows, in_features, dtype, cuda)  # strided
+    for given in (x, x.contiguous(), x[:, :].T.contiguous().T):
+        assert_is_the_product(extension.linear_a16(given, *weight, bias, fmt), x, weight, bias, fmt)
+    assert_is_the_product(extension.linear_a16(x, *weight, None, fmt), x, weight, None, fmt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_number_of_rows(rows, cuda):
+    for name in ("w8_g64", "w4_g128"):
+        fmt = WEIGHT_FORMATS[name]
+        weight, bias = stored(fmt, 152, 640, cuda)
+        x = activations(rows, 640, BF16, cuda)
+        assert_is_the_product(extension.linear_a16(x, *weight, bias, fmt), x, weight, bias, fmt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["w8", "w4_g32"])
+def test_silu_before_the_product(name, dtype, cuda):
+    fmt = WEIGHT_FORMATS[name]
+    weight, bias = stored(fmt, 96, 256, cuda)
+    x = activations(7, 256, dtype, cuda)
+    for bias_dtype in DTYPES:
+        added = bias.to(bias_dtype)
+        assert_is_the_product(extension.linear_a16(x, *weight, added, fmt, silu=True), F.silu(x), weight, added, fmt)
+
+
+@pytest.fixture
+def hopper(cuda):
+    if capability() != extension.INT8_CAPABILITY:
+        pytest.skip("the int8 product is for compute capability 9.0")
+    return cuda
+
+
+def int8_operands(rows, out_features, in_features, device):
+    """(qx, sx, qweight, scale, bias), all codes and signs."""
+    (qweight, scale, _), bias = stored(WEIGHT_FORMATS["w8"], out_features, in_features, device)
+    qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
+    return qx, sx, qweight, scale, bias
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("tile", range(len(extension.TILES)))
+@pytest.mark.parametrize("shape", INT8_SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+@pytest.mark.parametrize("out_dtype", extension.INT8_DTYPES)
+def test_int8_products_are_bit_exact(out_dtype, shape, tile, hopper):
+    """Every step but the integer sum is one rounding in fp32, in an order that is part of the contract."""
+    qx, sx, qweight, scale, bias = int8_operands(*shape, hopper)
+    fmt = WEIGHT_FORMATS["w8"]
+    for added in (None, bias, bias.to(BF16), bias.to(FP16)):
+        actual = extension.linear_a8(qx, sx, qweight, scale, None, added, fmt, out_dtype, tile)
+        assert torch.equal(actual, reference.linear_a8(qx, sx, qweight, scale, None, added, fmt, out_dtype))
+
+
+@pytest.mark.gpu
+def test_a_broken_row_gives_a_row_of_nan(hopper):
+    qx, sx, qweight, scale, bias = int8_operands(40, 64, 128, hopper)
+    sx[2] = float("nan")
+    broken = extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], BF16).isnan()
+    assert broken[2].all() and not broken[:2].any() and not broken[3:].any()
+
+
+def calls(device):
+    """The products, each as a function of nothing that writes to fresh memory."""
+    weight, bias = stored(WEIGHT_FORMATS["w4_g128"], 200, 640, device)
+    x = activations(12, 640, BF16, device)
+    yield lambda: extension.linear_a16(x, *weight, bias, WEIGHT_FORMATS["w4_g128"])
+    yield lambda: extension.linear_a16(x.float(), *weight, bias, WEIGHT_FORMATS["w4_g128"])
+    if capability() == extension.INT8_CAPABILITY:
+        qx, sx, qweight, scale, bias = int8_operands(300, 264, 640, device)
+        yield lambda: extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], BF16)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time_and_in_a_graph_and_on_another_stream(cuda):
+    for call in calls(cuda):
+        expected = call()
+        for _ in range(20):
+            assert torch.equal(call(), expected)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            elsewhere = call()
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(elsewhere, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_empty_batches(cuda):
+    weight, bias = stored(WEIGHT_FORMATS["w8_g32"], 24, 128, cuda)
+    empty = torch.empty(0, 128, dtype=FP16, device=cuda)
+    assert extension.linear_a16(empty, *weight, bias, WEIGHT_FORMATS["w8_g32"]).shape == (0, 24)
+    if capability() == extension.INT8_CAPABILITY:
+        qx, sx, qweight, scale, bias = int8_operands(0, 24, 128, cuda)
+        assert extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], FP16).shape == (0, 24)
