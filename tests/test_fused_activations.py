@@ -82,6 +82,7 @@ def test_norm_modulate_and_quantization(shape, dtype, static, modulated, affine,
         assert_within_budget(module.norm_modulate(x, *parts, EPS), same_precision, exact)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is put in on purpose
 @pytest.mark.parametrize("module", MODULES, ids=["kernels", "reference"])
 def test_a_broken_row_gets_the_scale_nan(module, device):
     x = torch.randn(1, 4, 96, device=device)

@@ -224,8 +224,10 @@ def is_valid(config: Config, problem: Problem) -> bool:
         return False  # the scratch would cost more than the product
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
-    if config.descriptors and (problem.capability < 90 or problem.in_features * problem.activation_bytes % 16):
-        return False  # the copy engine came with sm_90, and wants rows of whole 16 bytes
+    if config.descriptors and problem.capability not in WARPGROUP_CAPABILITIES:
+        return False  # without the copy engine (sm_80) impossible, without warpgroups (sm_120) a loop five times as long
+    if config.descriptors and problem.in_features * problem.activation_bytes % 16:
+        return False  # the copy engine wants rows of whole 16 bytes
     if config.block_k and config.block_m < WARPGROUP_ROWS and problem.capability == 90:
         return False  # the older matrix instruction reaches three quarters of Hopper's rate
     decodes_to_16_bits = config.route == "in_loop" and problem.fmt.bits == 4 and problem.activation_bytes > 1
@@ -267,7 +269,7 @@ def estimate(config: Config, problem: Problem) -> float:
         return 0.0  # where the small product is valid, nothing reads the weights faster
     if config.block_m:
         cost = _tiled_cost(config.block_m, config.block_n, problem)
-        if problem.capability >= 90 and not config.descriptors:
+        if problem.capability in WARPGROUP_CAPABILITIES and not config.descriptors:
             cost *= POINTER_COST
     else:
         cost = CUBLAS_COST * min(_tiled_cost(*tile, problem) for tile in CUBLAS_TILES)
