@@ -184,7 +184,7 @@ def env_command(args: argparse.Namespace) -> int:
 
     import torch
 
-    from . import __version__
+    from . import __version__, extension
     from .backend import BACKENDS, why_unavailable
 
     print(f"ditq_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -194,6 +194,7 @@ def env_command(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"  {package:12} not installed")
     print(f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}")
+    print(f"  {'extension':12} {extension.why_unavailable() or 'built, and loads'}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -225,7 +225,7 @@ def is_valid(config: Config, problem: Problem) -> bool:
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
     if config.descriptors and problem.capability not in WARPGROUP_CAPABILITIES:
-        return False  # without the copy engine (sm_80) impossible, without warpgroups (sm_120) a loop five times as long
+        return False  # sm_80 has no copy engine; without warpgroups, on sm_120, the loop is five times as long
     if config.descriptors and problem.in_features * problem.activation_bytes % 16:
         return False  # the copy engine wants rows of whole 16 bytes
     if config.block_k and config.block_m < WARPGROUP_ROWS and problem.capability == 90:
