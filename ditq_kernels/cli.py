@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run, help: str, example: str, device: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=help,
@@ -237,7 +237,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
-        sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+        if device:
+            sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
         return sub
 
     quantize = command(
@@ -302,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         inspect_command,
         "compile every kernel for each GPU architecture, with no GPU, and check its machine code",
         "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json",
+        device=False,
     )
     inspect.add_argument(
         "--arch",
@@ -311,7 +313,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="a list of objects, one a kernel")
 
-    command("env", env_command, "say what is installed and which backends work here, and why not", "  ditq env")
+    command(
+        "env",
+        env_command,
+        "say what is installed and which backends work here, and why not",
+        "  ditq env",
+        device=False,
+    )
     return parser
 
 

@@ -132,10 +132,15 @@ def tune(
     )
     save(found)
     for entry in found.entries:
-        gain = entry.heuristic_microseconds / entry.microseconds
+        default = entry.heuristic_microseconds
+        gain = (
+            f"{default / entry.microseconds:.2f}x the heuristic's choice"
+            if default
+            else "the heuristic's choice failed"
+        )
         print(
             f"{entry.weights} x {8 * entry.activation_bytes}-bit M<={entry.rows} N={entry.out_features} "
-            f"K={entry.in_features}: {entry.config}, {entry.microseconds:.1f} us, {gain:.2f}x the heuristic's choice"
+            f"K={entry.in_features}: {entry.config}, {entry.microseconds:.1f} us, {gain}"
         )
     for failure in found.failures:
         print(f"not timed: {failure.task}: {failure.config}: {failure.reason}")

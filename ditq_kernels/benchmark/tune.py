@@ -189,7 +189,7 @@ def winner(task: Task, problem: Problem, timings: dict[Config, Timing], heuristi
         problem.in_features,
         best,
         timings[best].microseconds,
-        default.microseconds if default is not None else float("inf"),
+        default.microseconds if default is not None else None,
     )
 
 

@@ -244,9 +244,8 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 # The heuristic's constants. None was measured.
-EDGE_COST = (
-    32.0  # a tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products
-)
+# A tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products.
+EDGE_COST = 32.0
 DECODE_COST = {1: 0.12, 2: 0.5, 4: 0.0}  # share that decoding in the loop adds, by the activations' bytes
 EXPANSION_ROWS = 245.0  # decoding into the scratch costs as much as this many rows of the product
 POINTER_COST = 1.05  # of pointers where the copy engine is at hand

@@ -34,7 +34,7 @@ class Entry:
         weights: name of the weight format.
         activation_bytes, rows, out_features, in_features: as in :class:`~.config.Problem`.
         microseconds: median of one product with ``config``.
-        heuristic_microseconds: of one with the heuristic's choice, in the same run.
+        heuristic_microseconds: of one with the heuristic's choice, in the same run; None where that one failed.
     """
 
     weights: str
@@ -44,7 +44,7 @@ class Entry:
     in_features: int
     config: Config
     microseconds: float
-    heuristic_microseconds: float
+    heuristic_microseconds: float | None
 
     @property
     def key(self) -> tuple[str, int, int, int, int]:
@@ -78,7 +78,7 @@ def write(path: Path, gpu_name: str, entries: Iterable[Entry], provenance: dict[
         entries=[dataclasses.asdict(entry) for entry in entries],
     )
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     beside.replace(path)
 
 
