@@ -13,8 +13,8 @@ from ditq_kernels.benchmark.cases import Case, target_cases
 from ditq_kernels.benchmark.contenders import TORCH, Contender, Inputs, Unavailable, check, ours
 from ditq_kernels.benchmark.elementwise import PASSES, PassContender
 from ditq_kernels.benchmark.peers import PEERS
-from ditq_kernels.benchmark.run import pass_cases
-from ditq_kernels.benchmark.timing import CudaStopwatch, Recording, record
+from ditq_kernels.benchmark.run import OUTPUT_BYTES, pass_cases
+from ditq_kernels.benchmark.timing import CudaStopwatch, Recording, record, rotation
 
 ROUNDS = 15
 
@@ -42,7 +42,8 @@ def test_product(benchmark, stopwatch: CudaStopwatch, case: Case, contender: Con
         pytest.skip(str(reason))
     found = check(prepared, inputs)
     assert found.passed, str(found)
-    recording = record(prepared.call, prepared.operands, prepared.set_bytes, stopwatch)
+    moved = prepared.set_bytes + OUTPUT_BYTES * case.rows * case.out_features
+    recording = record(prepared.call, rotation(prepared.operands, moved, stopwatch.l2_bytes), stopwatch)
     about = dict(contender=contender.name, shape=str(case), config=prepared.config, note=prepared.note)
     _time(benchmark, recording, stopwatch.device, about)
 
@@ -53,5 +54,5 @@ def test_pass(benchmark, stopwatch: CudaStopwatch, case: Case, contender: PassCo
     ready = contender.prepare(case, stopwatch.device)
     found = ready.verify()
     assert found.passed, str(found)
-    recording = record(ready.call, ready.operands, ready.moved, stopwatch)
+    recording = record(ready.call, rotation(ready.operands, ready.moved, stopwatch.l2_bytes), stopwatch)
     _time(benchmark, recording, stopwatch.device, dict(contender=contender.name, moved_bytes=ready.moved))

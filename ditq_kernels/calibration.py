@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .observation import Observer, count_calls, linear_layers, observe_calls
@@ -68,6 +66,8 @@ class Calibration:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; a file already there is replaced at once, or not at all."""
+        from safetensors.torch import save_file
+
         path = Path(path)
         stored: dict[int, str] = {}
         tensors, moment_of = {}, {}
@@ -107,6 +107,8 @@ class Calibration:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a calibration, or one of a newer version.
         """
+        from safetensors import SafetensorError, safe_open
+
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no calibration file {path}")

@@ -7,12 +7,10 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from .conversion import replace_module
 from .linear import QuantLinear
@@ -26,6 +24,9 @@ from .manifest import (
     sha256,
 )
 from .planning import obstacle_to
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # as safetensors calls them
 
@@ -50,6 +51,8 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
         raise CheckpointError(
             f"{type(model).__name__} holds no quantized layers to save; run ditq.quantize on it first"
         )
+    from safetensors.torch import save_file
+
     tensors, aliases = _distinct_tensors(model)
     parent = directory.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,8 @@ def load(
             that is not as it was saved, and tensors that do not fit the model. ``model`` is then as it was.
         ImportError: if the checkpoint needs diffusers, which is not installed.
     """
+    from safetensors import SafetensorError, safe_open
+
     directory, device = Path(directory), torch.device(device or "cpu")
     manifest = Manifest.read(directory)
     quantized = {name: record.empty_layer(name) for name, record in manifest.layers.items()}
@@ -214,6 +219,8 @@ def _replace(model: nn.Module, quantized: dict[str, QuantLinear]) -> None:
 
 def _fill(model: nn.Module, file: safe_open, aliases: dict[str, str], *, progress: bool) -> None:
     """Put the file's tensors into their places, of the dtype in which they were saved; aliases share one tensor."""
+    from tqdm.auto import tqdm
+
     parameters: dict[str, nn.Parameter] = {}
     for name, module, leaf, placeholder, is_parameter in tqdm(
         list(_slots(model)), desc="load", unit="tensor", leave=False, disable=not progress

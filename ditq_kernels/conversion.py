@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .calibration import Calibration
 from .formats import WEIGHT_FORMATS, Scheme
@@ -68,6 +67,8 @@ def quantize(
     _check_layers(model, chosen)
     for entry in entries:
         _check_calibration(entry, calibration, rounding)
+    from tqdm.auto import tqdm
+
     for entry in tqdm(entries, desc="quantize", unit="layer", leave=False, disable=not progress):
         scheme = Scheme.parse(entry.scheme)
         layer = model.get_submodule(entry.name)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .formats import Scheme
 from .linear import QuantLinear
@@ -168,6 +167,8 @@ def model_config(model: nn.Module) -> dict[str, Any] | None:
 
 def sha256(path: Path) -> str:
     """Of the file at ``path``, in hexadecimal; a bar is shown for a big one."""
+    from tqdm.auto import tqdm
+
     digest, size = hashlib.sha256(), path.stat().st_size
     bar = tqdm(desc="hash", total=size, unit="B", unit_scale=True, leave=False, disable=size < PROGRESS_BYTES)
     with bar, path.open("rb") as file:

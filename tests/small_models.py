@@ -1,5 +1,6 @@
 """Models and sampling runs small enough for a CPU, shared by the tests of calibration, conversion and checkpoints."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -62,6 +63,7 @@ def tiny_run(model: nn.Module, steps: int = 5):
 
 def tiny_dit(seed: int = 0):
     """A diffusers DiT of two blocks, every parameter random (its zero initialisation would hide errors)."""
+    pytest.importorskip("diffusers")
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import pytest
 import torch
 
 CLASS_NAMES = ("cat", "dog", "fish")
@@ -10,6 +11,7 @@ CLASS_NAMES = ("cat", "dog", "fish")
 
 def small_dit(*, classes=3, channels=1, learns_variance=False, sample_size=8, heads=2, head_dim=32, layers=1, seed=0):
     """A diffusers DiT with every parameter random: at its zero initialisation, no picture would depend on its class."""
+    pytest.importorskip("diffusers")
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(seed)
@@ -31,6 +33,7 @@ def small_dit(*, classes=3, channels=1, learns_variance=False, sample_size=8, he
 
 def small_vae(seed=0):
     """4 latent channels of 8 x 8 to pictures of 3 channels, 16 x 16."""
+    pytest.importorskip("diffusers")
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -46,6 +49,7 @@ def small_vae(seed=0):
 
 def small_pipeline(classes=1000):
     """A DiTPipeline as DiT-XL/2's: latents, a learned variance, 1000 classes (the pipeline's null class is 1000)."""
+    pytest.importorskip("diffusers")
     from diffusers import DDIMScheduler, DiTPipeline
 
     model = small_dit(classes=classes, channels=4, learns_variance=True)

@@ -87,7 +87,7 @@ def test_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):
     from_extension = [c for c in config.candidates(given) if c.route == "cuda"]
     assert [c.instance for c in from_extension] == list(range(len(extension.TILES)))
     assert all(config.heuristic(problem(rows, 1152, 1152, 1, W8)).route != "cuda" for rows in config.ROW_CLASSES)
-    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, from_extension[2])], {})
+    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, from_extension[2])], [])
     assert tables.choose(given, "gpu") == from_extension[2]
     tables.choose.cache_clear()
     monkeypatch.setattr(extension, "why_unavailable", lambda: "it is not built")
@@ -115,9 +115,9 @@ def test_a_measured_winner_goes_before_the_heuristic(tmp_path):
     given, other = problem(2048, 1152, 1152, 1, W8), problem(2048, 4608, 1152, 1, W8)
     winner = next(c for c in config.candidates(given) if c != config.heuristic(given))
     path = tables.table_path(tmp_path, "NVIDIA H100 80GB HBM3")
-    tables.write(path, "NVIDIA H100 80GB HBM3", [entry(given, winner)], dict(date="today"))
+    tables.write(path, "NVIDIA H100 80GB HBM3", [entry(given, winner)], [dict(date="today")])
     assert path.name == "nvidia-h100-80gb-hbm3.json" and list(tmp_path.iterdir()) == [path]
-    assert tables.read(path) == (dict(date="today"), [entry(given, winner)])
+    assert tables.read(path) == ([dict(date="today")], [entry(given, winner)])
     assert tables.choose(given, "NVIDIA H100 80GB HBM3") == winner
     assert tables.choose(other, "NVIDIA H100 80GB HBM3") == config.heuristic(other)
     assert tables.choose(given, "NVIDIA A100-SXM4-80GB") == config.heuristic(given)
@@ -125,11 +125,11 @@ def test_a_measured_winner_goes_before_the_heuristic(tmp_path):
 
 def test_a_winner_that_is_not_valid_here_is_passed_over(tmp_path):
     given = problem(2048, 1152, 1152, 1, W8)
-    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, Config("small", 1, 4))], {})
+    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, Config("small", 1, 4))], [])
     assert tables.choose(given, "gpu") == config.heuristic(given)
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 1, "entries": [{}], "provenance": {}}'])
+@pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 1, "entries": [{}], "runs": []}'])
 def test_a_broken_table_is_named(content, tmp_path):
     tables.table_path(tmp_path, "gpu").write_text(content)
     with pytest.raises(ValueError, match=r"gpu\.json is not a table .* write it anew with ditq tune"):
@@ -152,7 +152,7 @@ def test_the_choice_is_printed_once_on_request(capsys, monkeypatch):
 def test_tables_are_plain_json(tmp_path):
     given = problem(1, 64, 128, 2, W4)
     path = tmp_path / "table.json"
-    tables.write(path, "gpu", [entry(given, config.heuristic(given))], dict(commit="abc"))
+    tables.write(path, "gpu", [entry(given, config.heuristic(given))], [dict(commit="abc")])
     content = json.loads(path.read_text())
     assert content["gpu"] == "gpu" and content["entries"][0]["config"]["route"] == "small"
 

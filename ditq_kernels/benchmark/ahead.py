@@ -3,7 +3,7 @@
 Each process runs its share of the candidates once, which leaves them in Triton's cache on disk. One that takes its
 process, or the GPU's context, down with it is named, so that the sweep itself never meets it.
 
-    python -m ditq_kernels.benchmark.ahead SHARE SHARES MODEL...      (started by `ditq tune`)
+    python -m ditq_kernels.benchmark.ahead SHARE SHARES DEVICE all|quick MODEL...      (started by `ditq tune`)
 """
 
 from __future__ import annotations
@@ -93,13 +93,15 @@ def fatal(lines: Iterable[str], exit_code: int | None) -> list[tuple[str, str]]:
     return [last] if last is not None and exit_code not in (0, None) else []
 
 
-def compile_ahead(models: Sequence[str] | None, seconds: float) -> frozenset[tuple[str, str]]:
+def compile_ahead(
+    models: Sequence[str] | None, quick: bool, device: torch.device, seconds: float
+) -> frozenset[tuple[str, str]]:
     """Start the processes, wait for them at most ``seconds``, and return the candidates that a sweep must not run."""
     shares = processes()
     command = [sys.executable, "-m", "ditq_kernels.benchmark.ahead"]
     started = [
         subprocess.Popen(
-            [*command, str(share), str(shares), *(models or ())],
+            [*command, str(share), str(shares), str(device), "quick" if quick else "all", *(models or ())],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -121,8 +123,11 @@ def compile_ahead(models: Sequence[str] | None, seconds: float) -> frozenset[tup
 
 
 def main(arguments: Sequence[str]) -> None:
-    share, shares, *models = arguments
-    run_share(int(share), int(shares), tasks(select(models or None)), torch.device("cuda", torch.cuda.current_device()))
+    share, shares, device_name, extent, *models = arguments
+    device = torch.device(device_name)
+    torch.cuda.set_device(device)
+    quick = extent == "quick"
+    run_share(int(share), int(shares), tasks(select(models or None, quick=quick), quick), device)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def copy_bandwidth(device: torch.device, stopwatch: Stopwatch, most_bytes: int =
     source = torch.empty(most_bytes // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     copied: Callable[..., torch.Tensor] = target.copy_
-    timing = interleave({"copy": record(copied, (source,), most_bytes, stopwatch, copies=1)}, stopwatch)["copy"]
+    timing = interleave({"copy": record(copied, [(source,)], stopwatch)}, stopwatch)["copy"]
     if isinstance(timing, Exception):
         raise timing
     return 2 * source.numel() * source.element_size() / timing.microseconds * 1e-3

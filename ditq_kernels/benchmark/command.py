@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..progress import track
 from . import report
 from .cases import select
 from .provenance import gpu, provenance
@@ -37,12 +37,6 @@ class BenchSettings:
     seconds: float = BENCH_SECONDS
 
 
-def _bar(steps: Iterable, total: int, unit: str) -> Iterable:
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total, unit=unit, file=sys.stderr, mininterval=1.0)
-
-
 def bench(settings: BenchSettings, device: torch.device, stopwatch: Stopwatch | None = None) -> Run:
     """Measure, print the table and the verdicts, write JSON and pictures below ``settings.out``.
 
@@ -67,7 +61,7 @@ def bench(settings: BenchSettings, device: torch.device, stopwatch: Stopwatch | 
         device,
         stopwatch or CudaStopwatch(device),
         settings.seconds,
-        lambda steps, total: _bar(steps, total, "case"),
+        lambda steps, total: track(steps, total, "case"),
         save,
     )
     content = save(found)
@@ -93,40 +87,45 @@ def tune(
     seconds: float,
     out: Path | None,
     device: torch.device,
+    quick: bool = False,
     stopwatch: Stopwatch | None = None,
-    ahead: Callable[[Sequence[str] | None, float], frozenset[tuple[str, str]]] | None = None,
+    ahead: Callable[..., frozenset[tuple[str, str]]] | None = None,
 ) -> int:
-    """Sweep, write the table, and say what was found; the exit code.
+    """Sweep, write the table, and say what was found; the exit code. A table that is there already keeps what it says
+    of problems that this sweep does not settle.
 
     Args:
         out: directory of tables; None: where they are looked for first.
+        quick: only what targets are set for.
 
     Raises:
-        ValueError: for an unknown model.
+        ValueError: for an unknown model, or a file in the table's place that is none.
     """
     from ..kernels import tables
     from ..kernels.device import describe
     from .ahead import compile_ahead
     from .tune import Sweep, sweep, tasks
 
-    wanted = tasks(select(models))
+    wanted = tasks(select(models, quick=quick), quick)
     name = describe(device).name
     path = tables.table_path(out or tables.user_directory(), name)
-    versions = provenance() | dict(gpu=gpu(device))
+    earlier_runs, earlier_entries = tables.read(path) if path.exists() else ([], [])
+    runs = [*earlier_runs, provenance() | dict(gpu=gpu(device))]
     started = time.monotonic()
-    skip = (ahead or compile_ahead)(models, SHARE_COMPILED_AHEAD * seconds)
+    skip = (ahead or compile_ahead)(models, quick, device, SHARE_COMPILED_AHEAD * seconds)
     for family, config in sorted(skip):
         print(f"left out, its process did not survive it: {family}: {config}")
 
     def save(found: Sweep) -> None:
-        tables.write(path, name, found.entries, versions)
+        kept = [entry for entry in earlier_entries if entry.key not in found.settled]
+        tables.write(path, name, [*kept, *found.entries], runs)
 
     found = sweep(
         wanted,
         device,
         stopwatch or CudaStopwatch(device),
         max(0.0, seconds - (time.monotonic() - started)),
-        lambda steps: _bar(steps, len(wanted), "problem"),
+        lambda steps: track(steps, len(wanted), "problem"),
         save,
         skip,
     )
@@ -145,8 +144,8 @@ def tune(
     for failure in found.failures:
         print(f"not timed: {failure.task}: {failure.config}: {failure.reason}")
     print(
-        f"{path}: {found.settled} of {len(wanted)} problems settled, {len(found.entries)} where the heuristic's choice "
-        f"was beaten by more than the spread, {len(found.failures)} candidates not timed, "
+        f"{path}: {len(found.settled)} of {len(wanted)} problems settled, {len(found.entries)} where the heuristic's "
+        f"choice was beaten by more than the spread, {len(found.failures)} candidates not timed, "
         f"{len(found.not_reached)} problems not reached in the time given"
     )
     if found.lost:

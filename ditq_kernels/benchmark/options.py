@@ -27,6 +27,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", help="only layers of models whose names begin so (default: all)"
     )
+    parser.add_argument("--quick", action="store_true", help="only the shapes that targets are set for")
     parser.add_argument(
         "--seconds", type=_seconds, default=600.0, help="time to start new cases in (default: %(default).0f)"
     )
@@ -74,7 +75,7 @@ def add_commands(
             return 0
         from .command import tune
 
-        return tune(args.models, args.seconds, args.out, device)
+        return tune(args.models, args.seconds, args.out, device, args.quick)
 
     bench = command(
         "bench",
@@ -86,7 +87,6 @@ def add_commands(
     _selection(bench)
     bench.add_argument("--schemes", nargs="+", metavar="SCHEME", help="of ours, only these (default: the recommended)")
     bench.add_argument("--rows", type=count, nargs="+", metavar="M", help="only cases with these numbers of rows")
-    bench.add_argument("--quick", action="store_true", help="only the shapes that targets are set for")
     bench.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="directory for JSON and pictures (default: %(default)s)"
     )

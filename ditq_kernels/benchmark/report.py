@@ -15,6 +15,7 @@ from typing import Any
 from .contenders import BASELINE
 from .run import CHECK_FAILED, CaseResults, Result, Run, with_timing
 from .targets import TARGETS, Verdict, judge
+from .timing import GRAPH, Timing
 
 FORMAT_VERSION = 1
 MADE_BY = "ditq bench"
@@ -22,10 +23,11 @@ RESULTS_FILE = "results.json"
 
 
 def durations(run: Run) -> dict[str, dict[tuple[int, int, int], float]]:
-    """Microseconds of every checked result, by contender and shape."""
+    """Microseconds of every checked result, by contender and shape; of graphs' replays only, which alone compare."""
     found: dict[str, dict[tuple[int, int, int], float]] = {}
     for case, result in with_timing(run):
-        found.setdefault(result.contender, {})[case.case.shape] = result.timing.microseconds
+        if result.timing.how == GRAPH:
+            found.setdefault(result.contender, {})[case.case.shape] = result.timing.microseconds
     return found
 
 
@@ -40,7 +42,7 @@ def copy_shares(run: Run) -> dict[str, dict[tuple[int, int, int], float]]:
     if run.ceilings is None or not run.ceilings.copy_gbs:
         return found
     for case, result in with_timing(run):
-        if case.kind == "pass":
+        if case.kind == "pass" and result.timing.how == GRAPH:
             share = _bandwidth(result) / run.ceilings.copy_gbs
             found.setdefault(result.contender, {})[case.case.shape] = share
     return found
@@ -52,7 +54,7 @@ def verdicts(run: Run) -> list[Verdict]:
     return [judge(target, measured, shares) for target in TARGETS]
 
 
-def _result_json(case: CaseResults, result: Result, baseline: float | None, copy_gbs: float | None) -> dict[str, Any]:
+def _result_json(case: CaseResults, result: Result, baseline: Timing | None, copy_gbs: float | None) -> dict[str, Any]:
     timing = result.timing
     record: dict[str, Any] = dict(
         contender=result.contender,
@@ -77,14 +79,13 @@ def _result_json(case: CaseResults, result: Result, baseline: float | None, copy
     record |= dict(moved_bytes=result.moved, gbs=gbs, share_of_copy=gbs / copy_gbs if gbs and copy_gbs else None)
     if case.kind == "product":
         record["tflops"] = case.case.flops / timing.microseconds * 1e-6
-        record["ratio_to_cublas_bf16"] = None if baseline is None else baseline / timing.microseconds
+        comparable = baseline is not None and baseline.how == timing.how
+        record["ratio_to_cublas_bf16"] = baseline.microseconds / timing.microseconds if comparable else None
     return record
 
 
-def _baseline(case: CaseResults) -> float | None:
-    return next(
-        (result.timing.microseconds for result in case.results if result.contender == BASELINE and result.timing), None
-    )
+def _baseline(case: CaseResults) -> Timing | None:
+    return next((result.timing for result in case.results if result.contender == BASELINE), None)
 
 
 def _case_json(case: CaseResults, copy_gbs: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .checks import Check
 from .contenders import TORCH, Contender, Inputs, Unavailable, ceiling_contenders, check, ours
 from .elementwise import PASSES, PassContender
 from .peers import PEERS
-from .timing import CudaStopwatch, DeviceLost, Recording, Stopwatch, Timing, interleave, record
+from .timing import CudaStopwatch, DeviceLost, Recording, Stopwatch, Timing, interleave, record, rotation
 
 PASS_ROWS = 512  # passes over activations are measured from this many rows on
 OUTPUT_BYTES = 2
@@ -128,7 +128,8 @@ def measure_products(
             result.check = check(prepared, inputs)
             if not result.check.passed:
                 raise CheckFailed(result.check)
-            return record(prepared.call, prepared.operands, prepared.set_bytes, stopwatch)
+            sets = rotation(prepared.operands, result.moved, stopwatch.l2_bytes)
+            return record(prepared.call, sets, stopwatch)
 
         return prepare
 
@@ -149,7 +150,7 @@ def measure_passes(
             result.check = ready.verify()
             if not result.check.passed:
                 raise CheckFailed(result.check)
-            return record(ready.call, ready.operands, ready.moved, stopwatch)
+            return record(ready.call, rotation(ready.operands, ready.moved, stopwatch.l2_bytes), stopwatch)
 
         return prepare
 

@@ -1,7 +1,7 @@
 """How a duration is measured, so that it can be compared.
 
-- A contender's calls walk over several copies of everything they read, together a multiple of the L2 cache: what a call
-  reads was last touched so long ago that it has to come from memory.
+- A contender's calls walk over several copies of everything they read, and write as many results, together a multiple
+  of the L2 cache: what a call touches was last touched so long ago that it has to come from memory, and go there.
 - They are captured once in a CUDA graph: a replay has no launch overhead of Python's. What cannot be captured is
   launched call by call, and its timing says "events".
 - Contenders take turns, round by round, each round in another order: a GPU that changes its clock does so to all.
@@ -21,10 +21,11 @@ from typing import Any, Protocol
 
 import torch
 
-L2_MULTIPLE = 3  # bytes that a rotation reads, in L2 caches
-MOST_SETS = 192
+L2_MULTIPLE = 3  # bytes that a rotation reads and writes, in L2 caches
+MOST_SETS = 512
 REPLAY_SECONDS = 1e-3  # a replay takes about this long, so that the events' resolution does not show
-MOST_CALLS = 256
+MOST_CALLS = 512
+GRAPH, EVENTS = "graph", "events"  # how calls were launched
 ROUNDS = 15
 
 
@@ -42,7 +43,7 @@ class Timing:
         rounds: how many replays were timed.
         calls: calls in a replay.
         sets: copies of the operands that they walk over.
-        how: "graph" or "events".
+        how: :data:`GRAPH` or :data:`EVENTS`.
     """
 
     microseconds: float
@@ -92,8 +93,8 @@ class CudaStopwatch:
             torch.cuda.synchronize(self.device)
         except RuntimeError:
             self.assert_alive()
-            return run, "events"
-        return graph.replay, "graph"
+            return run, EVENTS
+        return graph.replay, GRAPH
 
     def seconds(self, run: Callable[[], None]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,17 +119,23 @@ class CudaStopwatch:
 
 @dataclass(frozen=True)
 class Recording:
-    """A contender ready to be timed: ``replay`` carries out ``calls`` calls over ``sets`` copies of its operands."""
+    """A contender ready to be timed: ``replay`` carries out ``calls`` calls over ``sets`` copies of its operands.
+
+    ``operands`` are those copies: a graph knows addresses only, and memory given back would be written by others.
+    """
 
     replay: Callable[[], None]
     how: str
     calls: int
     sets: int
+    operands: Sequence[tuple[Any, ...]] = ()
 
 
-def copies_needed(set_bytes: int, l2_bytes: int) -> int:
-    """Copies of operands of ``set_bytes`` that together are :data:`L2_MULTIPLE` caches; at least 2."""
-    return min(MOST_SETS, max(2, math.ceil(L2_MULTIPLE * l2_bytes / max(1, set_bytes))))
+def copies_needed(moved_bytes: int, l2_bytes: int) -> int:
+    """Copies of what a call reads and writes, ``moved_bytes``, that together are :data:`L2_MULTIPLE` caches; at least
+    2.
+    """
+    return min(MOST_SETS, max(2, math.ceil(L2_MULTIPLE * l2_bytes / max(1, moved_bytes))))
 
 
 def copy_operand(operand: Any) -> Any:
@@ -140,31 +147,32 @@ def copy_operand(operand: Any) -> Any:
     return copy.deepcopy(operand)
 
 
-def record(
-    call: Callable[..., Any],
-    operands: Sequence[Any],
-    set_bytes: int,
-    stopwatch: Stopwatch,
-    copies: int | None = None,
-) -> Recording:
-    """Warm ``call(*operands)`` up, and make it ready to be timed over copies of the operands.
-
-    Args:
-        set_bytes: what one call reads of the operands.
-        copies: of the operands; by default as many as leave the cache cold.
+def rotation(operands: Sequence[Any], moved_bytes: int, l2_bytes: int) -> list[tuple[Any, ...]]:
+    """``operands`` and as many copies of them as leave the cache cold, where one call reads and writes
+    ``moved_bytes``.
     """
-    call(*operands)  # compiles
-    copies = copies or copies_needed(set_bytes, stopwatch.l2_bytes)
-    sets = [tuple(operands)] + [tuple(map(copy_operand, operands)) for _ in range(copies - 1)]
+    copies = copies_needed(moved_bytes, l2_bytes)
+    return [tuple(operands)] + [tuple(map(copy_operand, operands)) for _ in range(copies - 1)]
 
-    def walk(calls: int) -> None:
-        for index in range(calls):
-            call(*sets[index % copies])
 
-    each = stopwatch.seconds(lambda: walk(copies)) / copies
-    calls = max(copies, min(MOST_CALLS, math.ceil(REPLAY_SECONDS / max(each, 1e-7))))
-    replay, how = stopwatch.record(lambda: walk(calls))
-    return Recording(replay, how, calls, copies)
+def record(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], stopwatch: Stopwatch) -> Recording:
+    """Warm ``call(*operands)`` up, and make it ready to be timed over the operands in ``sets``, all of them equally
+    often.
+    """
+
+    def walk(rounds: int) -> None:
+        results: list[Any] = [None] * len(sets)  # kept for a round, so that each set's are written elsewhere
+        for _ in range(rounds):
+            for index, operands in enumerate(sets):
+                results[index] = call(*operands)
+
+    call(*sets[0])  # compiles
+    replay, how = stopwatch.record(lambda: walk(1))
+    # One round, with no launch overhead of Python's in it, says how many a replay needs.
+    rounds = min(MOST_CALLS // len(sets), math.ceil(REPLAY_SECONDS / max(stopwatch.seconds(replay), 1e-7)))
+    if rounds > 1:
+        replay, how = stopwatch.record(lambda: walk(rounds))
+    return Recording(replay, how, max(1, rounds) * len(sets), len(sets), sets)
 
 
 def interleave(

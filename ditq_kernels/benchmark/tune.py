@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..formats import WEIGHT_FORMATS, WeightFormat
-from .cases import Case
+from .cases import TARGET_SHAPES, Case
 from .contenders import DTYPE, Inputs, Prepared, a16_oracle, check, int8_oracle, nbytes
 from .run import one_line
-from .timing import CudaStopwatch, DeviceLost, Recording, Stopwatch, Timing, interleave, record
+from .timing import CudaStopwatch, DeviceLost, Recording, Stopwatch, Timing, interleave, record, rotation
 
 if TYPE_CHECKING:
     from ..kernels.config import Config, Problem
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BRIEF_ROUNDS = 3
 FINALISTS = 4
-# (weight format, bytes of an activation), the order of importance: what the recommended schemes run on first.
+# (weight format, bytes of an activation), the order of importance: the first few are what the targets speak of.
 FAMILIES: tuple[tuple[str, int], ...] = (
     ("w8", 1),
     ("w4_g128", 1),
@@ -36,6 +36,7 @@ FAMILIES: tuple[tuple[str, int], ...] = (
     ("w8_g128", 1),
     *((name, size) for name in WEIGHT_FORMATS for size in (1, 2) if name not in ("w8", "w4_g128", "w8_g128")),
 )
+TARGET_FAMILIES = FAMILIES[:5]
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,36 @@ class Failure:
 class Sweep:
     """Attributes:
     entries: winners that beat the heuristic's choice.
-    settled: problems that were finished, winners or not.
+    settled: keys, as :attr:`Entry.key`, of problems that were finished, winners or not.
     not_reached: problems that the time did not suffice for.
     lost: why the device failed for good, if it did.
     """
 
     entries: list[Entry] = field(default_factory=list)
-    settled: int = 0
+    settled: set[tuple[str, int, int, int, int]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
     not_reached: list[Task] = field(default_factory=list)
     lost: str | None = None
 
 
-def tasks(cases: Iterable[Case]) -> list[Task]:
-    """The problems of ``cases`` in order of importance, one for each class of rows: by family, within it as the cases
-    come. Modulation layers have 16-bit activations only.
+def tasks(cases: Iterable[Case], quick: bool = False) -> list[Task]:
+    """The problems of ``cases``, one for each class of rows: those that targets are set for first, then by family,
+    within it as the cases come. Modulation layers have 16-bit activations only.
+
+    Args:
+        quick: those that targets are set for, and no others.
     """
     from ..kernels.config import row_class
 
     cases = list(cases)
+    targets = [case for case in cases if case.shape in TARGET_SHAPES]
+    ordered = [*itertools.product(TARGET_FAMILIES, targets), *([] if quick else itertools.product(FAMILIES, cases))]
     found: dict[tuple, Task] = {}
-    for name, activation_bytes in FAMILIES:
-        for case in cases:
-            if case.modulation and activation_bytes == 1:
-                continue
-            key = (name, activation_bytes, row_class(case.rows), case.out_features, case.in_features)
-            found.setdefault(key, Task(case, WEIGHT_FORMATS[name], activation_bytes))
+    for (name, activation_bytes), case in ordered:
+        if case.modulation and activation_bytes == 1:
+            continue
+        key = (name, activation_bytes, row_class(case.rows), case.out_features, case.in_features)
+        found.setdefault(key, Task(case, WEIGHT_FORMATS[name], activation_bytes))
     return list(found.values())
 
 
@@ -135,6 +140,8 @@ def record_candidates(
         DeviceLost: if the device fails for good.
     """
     operands, exact, same_precision = operands_of(task, inputs)
+    written = DTYPE.itemsize * task.case.rows * task.case.out_features
+    sets = rotation(operands, nbytes(*operands) + written, stopwatch.l2_bytes)  # the same for all candidates
     recordings: dict[Config, Recording] = {}
     for config in candidates:
         prepared = Prepared(
@@ -145,7 +152,7 @@ def record_candidates(
             if not found.passed:
                 failures.append(Failure(task, str(config), f"wrong result: {found}"))
                 continue
-            recordings[config] = record(prepared.call, operands, prepared.set_bytes, stopwatch)
+            recordings[config] = record(prepared.call, sets, stopwatch)
         except DeviceLost:
             raise
         except Exception as error:  # out of registers, out of memory, a compiler's crash: the next one may do
@@ -239,7 +246,9 @@ def sweep(
                 entry = winner(task, problem, race(recordings, default, stopwatch), default)
                 if entry is not None:
                     found.entries.append(entry)
-                found.settled += 1
+                found.settled.add(
+                    (task.fmt.name, task.activation_bytes, problem.rows, problem.out_features, problem.in_features)
+                )
         except DeviceLost as error:
             found.lost = f"during {task}: {error}"
         except torch.cuda.OutOfMemoryError as error:

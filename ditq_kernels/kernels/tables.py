@@ -64,17 +64,17 @@ def table_path(directory: Path, gpu_name: str) -> Path:
     return directory / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
 
 
-def write(path: Path, gpu_name: str, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
+def write(path: Path, gpu_name: str, entries: Iterable[Entry], runs: Iterable[dict[str, Any]]) -> None:
     """Write a table beside ``path`` and rename it into place.
 
     Args:
-        provenance: versions, commit and date of the measurement.
+        runs: versions, commit and date of the measurements that it was made from, oldest first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = dict(
         version=FORMAT_VERSION,
         gpu=gpu_name,
-        provenance=provenance,
+        runs=list(runs),
         entries=[dataclasses.asdict(entry) for entry in entries],
     )
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -82,8 +82,8 @@ def write(path: Path, gpu_name: str, entries: Iterable[Entry], provenance: dict[
     beside.replace(path)
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """(provenance, entries) of a table.
+def read(path: Path) -> tuple[list[dict[str, Any]], list[Entry]]:
+    """(runs, entries) of a table.
 
     Raises:
         ValueError: if the file is not a table of this version, naming it.
@@ -93,7 +93,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         if content["version"] != FORMAT_VERSION:
             raise ValueError(f"version {content['version']}")
         entries = [Entry(**{**entry, "config": Config(**entry["config"])}) for entry in content["entries"]]
-        return content["provenance"], entries
+        return content["runs"], entries
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a table of measured configurations of version {FORMAT_VERSION} ({error}); "
