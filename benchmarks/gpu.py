@@ -206,10 +206,11 @@ INSPECTED_WITHOUT_GPU = 90
 
 
 def _inspect(machine: Machine) -> list[str]:
-    """For the GPU's architecture, or the last known one before it."""
+    """For the GPU's architecture, loaded by its driver, or for the last known one before it."""
     arch = INSPECTED_WITHOUT_GPU if machine.arch is None else machine.arch
     known = max((one for one in INSPECTED if one <= arch), default=INSPECTED[0])
-    return [machine.python, "-m", "ditq_kernels", "inspect", "--arch", str(known)]
+    loaded = ["--driver"] if known == machine.arch else []
+    return [machine.python, "-m", "ditq_kernels", "inspect", "--arch", str(known), *loaded]
 
 
 def _smallest(machine: Machine) -> list[str]:

@@ -160,11 +160,16 @@ def inspect_command(args: argparse.Namespace) -> int:
     import json
 
     from .kernels import inspection
+    from .progress import track
 
+    if args.driver:
+        args.arch = [_loadable_architecture(args.arch, inspection.ARCHITECTURES)]
+    architectures = args.arch or inspection.ARCHITECTURES
     findings = []
     if not args.json:
         print(inspection.HEADER)
-    for finding in inspection.inspect(args.arch or inspection.ARCHITECTURES):
+    inspected = inspection.inspect(architectures, driver=args.driver)
+    for finding in track(inspected, inspection.count(architectures), "kernel"):
         findings.append(finding)
         if not args.json:
             print(inspection.line(finding), flush=True)
@@ -175,6 +180,19 @@ def inspect_command(args: argparse.Namespace) -> int:
     else:
         print(f"{failed} of {len(findings)} kernels fail" if failed else f"all {len(findings)} kernels pass")
     return EXIT_FAILED if failed else 0
+
+
+def _loadable_architecture(asked: list[int] | None, known: Sequence[int]) -> int:
+    """The GPU's, which is the one that its driver loads kernels for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--driver needs a CUDA GPU, and torch sees none; without it, kernels are compiled and read")
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
+    if arch not in known or (asked and asked != [arch]):
+        raise ValueError(f"--driver loads kernels of this GPU's architecture, sm_{arch}, only; leave it out for others")
+    return arch
 
 
 def env_command(args: argparse.Namespace) -> int:
@@ -209,9 +227,10 @@ def env_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_instead() -> int:
+def _inspect_instead() -> None:
     """What can be said of the kernels' speed without a GPU: what they compile to."""
-    return main(["inspect"])
+    print("instead, all kernels are compiled for every architecture and their machine code is read; takes minutes")
+    main(["inspect"])
 
 
 def _sampling_options(parser: argparse.ArgumentParser, guidance: float) -> None:
@@ -310,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_architecture,
         nargs="+",
         help="sm_80, sm_89, sm_90, sm_100, sm_120 (default: all)",
+    )
+    inspect.add_argument(
+        "--driver", action="store_true", help="load each kernel on this machine's GPU too; its driver must agree"
     )
     inspect.add_argument("--json", action="store_true", help="a list of objects, one a kernel")
 

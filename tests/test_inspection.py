@@ -1,12 +1,14 @@
 """Every shipped form of every kernel, compiled for every architecture with no GPU, and its machine code read."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels import config, inspection, machine_code, shipped
@@ -16,21 +18,26 @@ ARCHITECTURES = inspection.ARCHITECTURES
 # Configurations that no predicate would let through, each wrong in its own way.
 BAD_CONFIGURATIONS = """
 import dataclasses, json
-from ditq_kernels.kernels import inspection, machine_code, shipped
+from ditq_kernels.kernels import inspection, shipped
+
+def with_blocks(variant, **blocks):
+    return dataclasses.replace(variant, constants={**variant.constants, **blocks})
 
 def find(arch, name):
     return next(variant for variant in shipped.variants(arch) if variant.name.startswith(name))
 
 def findings():
-    spilling = machine_code.with_blocks(find(80, "w8_g128 x bf16 in_loop 64x64"), BLOCK_M=256, BLOCK_N=128)
+    spilling = with_blocks(find(80, "w8_g128 x bf16 in_loop 64x64"), BLOCK_M=256, BLOCK_N=128)
     yield 80, dataclasses.replace(spilling, options=dict(num_warps=4, num_stages=1))
     large = find(90, "dense i8 int8 128x256x128 warps=8 stages=3 K")
     yield 90, dataclasses.replace(large, options=dict(num_warps=8, num_stages=6))
     narrow = find(90, "dense i8 int8 64x64x128 warps=4 stages=4 K")
-    yield 90, machine_code.with_blocks(narrow, BLOCK_M=32)
+    yield 90, with_blocks(narrow, BLOCK_M=32)
     slow = find(90, "w4_g128 x i8 in_loop 64x64")
     yield 90, dataclasses.replace(slow, issue_budget=shipped.ISSUE_BUDGETS["w4_g128"])
     yield 90, dataclasses.replace(find(90, "dense i8 int8 128x128x128 warps=8 stages=3 K"), decodes=True)
+    yield 90, dataclasses.replace(find(90, "quantize per token"), issue_budget=0.7)
+    yield 90, with_blocks(find(90, "quantize per token"), BLOCK_K=1000)
 
 print(json.dumps([inspection.inspect_variant(variant, arch).failures for arch, variant in findings()]))
 """
@@ -84,32 +91,89 @@ def test_dense_loops_leave_the_matrix_units_the_limit(arch, found):
 def test_every_valid_configuration_is_inspected():
     """What the choice may return, on any architecture, appears among the forms that were compiled."""
     for arch in ARCHITECTURES:
-        names = " ".join(variant.name for variant in shipped.variants(arch))
-        for name in shipped.FORMATS:
-            for activation_bytes in shipped.ACTIVATION_TYPES:
-                problem = config.Problem(4096, 3072, 3072, activation_bytes, WEIGHT_FORMATS[name], arch, 132)
-                for candidate in config.candidates(problem):
-                    shown = dataclasses.replace(candidate, route="int8") if activation_bytes == 1 else candidate
-                    shown = candidate if candidate.route == "in_loop" else shown
-                    assert not shown.block_m or str(shown) in names, (arch, name, str(shown))
+        compiled = {variant.name.partition(" K=")[0] for variant in shipped.variants(arch)}
+        for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), (1, 2, 4, 16, 4096)):
+            kind = {**shipped.ACTIVATION_TYPES, 4: shipped.WIDEST_TYPE}[size]
+            problem = config.Problem(rows, 3072, 3072, size, fmt, arch, 132)
+            for candidate in config.candidates(problem):
+                if candidate.route == "cuda":
+                    continue  # test_extension_machine_code.py
+                if candidate.route == "expanded":
+                    assert f"{fmt.name} expansion to {kind}" in compiled
+                if candidate.route in ("in_loop", "small"):
+                    # Of fp32, the one that takes the most registers.
+                    candidate = candidate if size < 4 else config.CONFIGS["small"][-1]
+                    assert f"{fmt.name} x {kind} {candidate}" in compiled
+                elif candidate.block_m:  # int8 operands are multiplied alike, wherever they come from
+                    shown = dataclasses.replace(candidate, route="int8") if size == 1 else candidate
+                    assert f"dense {kind} {shown}" in compiled
 
 
 def test_bad_configurations_fail():
     result = compiling_process("-c", BAD_CONFIGURATIONS)
     assert result.returncode == 0, result.stderr
-    spills, shared, narrow, slow, stored = json.loads(result.stdout)
+    spills, shared, narrow, slow, stored, loopless, broken = json.loads(result.stdout)
     assert any("spill instructions" in failure for failure in spills)
     assert any("shared memory, more than" in failure for failure in shared)
     assert any("IMMA" in failure and "not ['IGMMA']" in failure for failure in narrow)
     assert any("issue slots per matrix clock" in failure for failure in slow)
     assert stored == ["the decoded weight does not come from registers"]
+    assert loopless == ["its main loop was not recognised"]
+    assert len(broken) == 1 and broken[0].startswith("did not compile: ") and "power of 2" in broken[0]
+
+
+def test_a_driver_that_disagrees_is_a_failure():
+    code = machine_code.MachineCode("a kernel", 90, 64, 0, 10, 20, (), None, None, None)
+    variant = next(variant for variant in shipped.variants(90) if variant.name.startswith("quantize"))
+    assert inspection.failures(variant, dataclasses.replace(code, driver_registers=64, driver_spills=0)) == []
+    found = inspection.failures(variant, dataclasses.replace(code, driver_registers=72, driver_spills=3))
+    assert found == ["the driver gives it 72 registers, not 64", "the driver gives it 3 words of thread-local memory"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose driver can be asked")
+def test_a_driver_is_asked_only_where_there_is_one(capsys):
+    from ditq_kernels import cli
+
+    assert cli.main(["inspect", "--driver"]) == 2
+    assert "--driver needs a CUDA GPU" in capsys.readouterr().err
+
+
+DYING = """
+import json, os
+from ditq_kernels.kernels import inspection, shipped
+
+def inspect_index(index, arch, driver):
+    if index == 3:
+        os._exit(1)
+    return inspection._not_compiled(list(shipped.variants(arch))[index], arch, "not tried")
+
+inspection._inspect_index = inspect_index
+inspection.variants = lambda arch: list(shipped.variants(arch))[:6]
+if __name__ == "__main__":
+    import multiprocessing
+    multiprocessing.get_context = lambda kind, get=multiprocessing.get_context: get("fork")
+    print(json.dumps([(finding.code.name, finding.failures) for finding in inspection.inspect([90], 2)]))
+"""
+
+
+def test_a_form_that_ends_its_compiler_is_found_and_the_others_go_on():
+    result = compiling_process("-c", DYING)
+    assert result.returncode == 0, result.stderr
+    names, failures = zip(*json.loads(result.stdout), strict=True)
+    assert list(names) == [variant.name for variant in shipped.variants(90)][:6]
+    assert [failure for (failure,) in failures] == [
+        "did not compile: the compiler's process ended" if index == 3 else "did not compile: not tried"
+        for index in range(6)
+    ]
 
 
 def test_a_failure_is_an_exit_code_and_a_line(monkeypatch, capsys):
     from ditq_kernels import cli
 
     code = machine_code.MachineCode("a kernel", 90, 255, 3, 10, 20, (), None, None, None)
-    monkeypatch.setattr(inspection, "inspect", lambda architectures: iter([inspection.Finding(code, ("3 spills",))]))
+    monkeypatch.setattr(
+        inspection, "inspect", lambda architectures, driver: iter([inspection.Finding(code, ("3 spills",))])
+    )
     assert cli.main(["inspect", "--arch", "sm_90"]) == 1
     printed = capsys.readouterr().out
     assert "FAILS: 3 spills" in printed and "1 of 1 kernels fail" in printed

@@ -11,7 +11,7 @@ from oracle import activations, assert_within_budget, linear
 
 from ditq_kernels import QuantLinear, reference
 from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.kernels import config, dispatch, expansion
+from ditq_kernels.kernels import config, dispatch, expansion, gradient
 from ditq_kernels.kernels.config import CONFIGS, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
@@ -25,6 +25,7 @@ SMALL = (Config("small", 1, 4, num_warps=1), Config("small", 2, 8, num_warps=1),
 IN_LOOP = Config("in_loop", 16, 64, num_stages=2)
 INT8 = Config("int8", 32, 64, 128, num_stages=2)
 EXPANDED = Config("expanded", 32, 64, 64, num_stages=2)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((17, 80, 130), (33, 72, 384), (129, 64, 256))
 formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
@@ -53,7 +54,7 @@ def check_a8(fmt, shape, tile, device):
         assert torch.equal(accumulator, reference.linear_a8(qx, sx, *weight, None, fmt, torch.int32))
 
 
-def check_a16(fmt, shape, tile, device, dtypes=(torch.float32, torch.bfloat16, torch.float16), silu=False):
+def check_a16(fmt, shape, tile, device, dtypes=(torch.bfloat16, torch.float16), silu=False):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
     w = reference.dequantize(*weight, fmt, in_features)
@@ -70,15 +71,14 @@ def check_a16(fmt, shape, tile, device, dtypes=(torch.float32, torch.bfloat16, t
 @pytest.mark.parametrize("tile", SMALL, ids=str)
 @formats
 def test_small_products(fmt, tile, device):
-    check_a16(fmt, (tile.block_m, 13, 200), tile, device)
+    check_a16(fmt, (tile.block_m, 13, 200), tile, device, DTYPES)
     check_a16(fmt, (tile.block_m, 5, 1152), tile, device, (torch.bfloat16,))
 
 
 @pytest.mark.parametrize("tile", [SMALL[1], IN_LOOP, Config("expanded")], ids=str)
 @pytest.mark.parametrize("name", ["w8", "w8_g64", "w4_g128"])
 def test_silu_on_the_input(name, tile, device):
-    dtypes = (torch.bfloat16, torch.float16)
-    check_a16(WEIGHT_FORMATS[name], (tile.block_m or 20, 40, 320), tile, device, dtypes, silu=True)
+    check_a16(WEIGHT_FORMATS[name], (tile.block_m or 20, 40, 320), tile, device, silu=True)
 
 
 @shapes
@@ -100,13 +100,33 @@ def test_int8_products(shape, tile, device):
 def test_expanded_products(fmt, shape, tile, device):
     if fmt.two_level:
         check_a8(fmt, shape, tile, device)
-    check_a16(fmt, shape, tile, device, (torch.bfloat16, torch.float16))
+    check_a16(fmt, shape, tile, device)
 
 
 @shapes
 @formats
 def test_products_expanded_for_cublas(fmt, shape, device):
-    check_a16(fmt, shape, Config("expanded"), device, (torch.bfloat16, torch.float16))
+    check_a16(fmt, shape, Config("expanded"), device, DTYPES)
+
+
+@formats
+def test_decoding_in_the_loop_is_exact(fmt, device):
+    """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
+    in_features = 320
+    (qweight, scale, group_code), _ = stored(fmt, 48, in_features, device)
+    one_hot, ones = torch.eye(in_features, dtype=torch.int8, device=device), torch.ones(in_features, device=device)
+    y = dispatch.linear_a8(one_hot, ones, qweight, scale, group_code, None, fmt, torch.float32, IN_LOOP)
+    assert torch.equal(y, reference.dequantize(qweight, scale, group_code, fmt, in_features).T)
+
+
+@pytest.mark.parametrize("fmt", [WEIGHT_FORMATS["w8_g32"], WEIGHT_FORMATS["w4_g128"]], ids=str)
+def test_gradients_in_fp32_are_summed_over_stretches(fmt, device, monkeypatch):
+    monkeypatch.setattr(expansion, "SCRATCH_BYTES", 150 * 256 * 4)
+    (qweight, scale, group_code), _ = stored(fmt, 300, 256, device)
+    grad = activations(20, 300, torch.float32, device)
+    w = reference.dequantize(qweight, scale, group_code, fmt, 256)
+    found = gradient.grad_input(grad, qweight, scale, group_code, fmt, 256)
+    assert_within_budget(found, grad @ w, grad.double() @ w.double())
 
 
 @pytest.mark.parametrize("tile", [EXPANDED, Config("expanded")], ids=str)
@@ -139,7 +159,7 @@ def test_stretches_are_even_and_fit_the_scratch(features, element_bytes):
 def test_expansion_is_the_decoded_weight(fmt, device):
     (qweight, scale, group_code), _ = stored(fmt, 150, 200, device)
     # The interpreter truncates to bf16 where a GPU rounds.
-    for dtype in (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16,):
+    for dtype in DTYPES if device.type == "cuda" else (torch.float32, torch.float16):
         scratch = torch.empty(22, 200, dtype=dtype, device=device)
         expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
         assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(dtype))

@@ -50,20 +50,21 @@ def add_commands(
     command: Callable[..., argparse.ArgumentParser],
     device_of: Callable[[str | None], str],
     count: Callable[[str], int],
-    inspect: Callable[[], int],
+    inspect: Callable[[], object],
 ) -> None:
     """Add both commands by ``command(name, run, help, examples)``.
 
     Args:
         device_of: the device's name that ``--device`` means.
         count: parses a positive whole number.
-        inspect: what ``ditq bench`` does without a GPU; returns the exit code.
+        inspect: what ``ditq bench`` does without a GPU.
     """
 
     def run_bench(args: argparse.Namespace) -> int:
         device = _gpu(device_of(args.device))
         if device is None:
-            return inspect()
+            inspect()
+            return 0
         from .command import BenchSettings, bench
 
         settings = BenchSettings(args.out, args.models, args.schemes, args.rows, args.quick, args.seconds)

@@ -190,13 +190,14 @@ def _route_is_valid(config: Config, problem: Problem) -> bool:
     if config.route == "small":
         return not integer and problem.rows <= config.block_m
     if config.route == "in_loop":
-        return True
+        return problem.activation_bytes <= 2
     if config.route == "int8":
         return integer and fmt.bits == 8 and not fmt.promoted
     if config.route == "expanded" and integer:
         return fmt.two_level and config.block_m > 0  # cuBLAS would leave scales and bias to another pass
     if config.route == "expanded":
-        return problem.activation_bytes == 2
+        # fp32 products are cuBLAS': on sm_100 Triton 3.7 rounds the operands to TF32, whatever precision is asked for.
+        return problem.activation_bytes == 2 or not config.block_m
     return config.route == "cuda" and _extension_computes(config, problem)
 
 
@@ -220,7 +221,7 @@ def is_valid(config: Config, problem: Problem) -> bool:
     """Whether ``config`` computes ``problem`` and fits its shared memory and registers."""
     if not _route_is_valid(config, problem):
         return False
-    if config.route == "expanded" and problem.rows <= SMALL_M:
+    if config.route == "expanded" and problem.rows <= SMALL_M and problem.activation_bytes <= 2:
         return False  # the scratch would cost more than the product
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
@@ -246,7 +247,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
 # The heuristic's constants. None was measured.
 # A tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products.
 EDGE_COST = 32.0
-DECODE_COST = {1: 0.12, 2: 0.5, 4: 0.0}  # share that decoding in the loop adds, by the activations' bytes
+DECODE_COST = {1: 0.12, 2: 0.5}  # share that decoding in the loop adds, by the activations' bytes
 EXPANSION_ROWS = 245.0  # decoding into the scratch costs as much as this many rows of the product
 POINTER_COST = 1.05  # of pointers where the copy engine is at hand
 # cuBLAS has tiles of many shapes and picks one itself; its kernels are taken to be this much faster than ours.

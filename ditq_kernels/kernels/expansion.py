@@ -1,8 +1,8 @@
 """Products that decode their weights into a scratch first: a stretch of outputs at a time, small enough to stay in the
 L2 cache until the product reads it, and never a whole large weight.
 
-int8 activations meet the integers ``m * (u - z)``, which the scratch holds exactly. 16-bit activations meet the weight
-as a 16-bit layer would hold it: scaled and rounded once.
+int8 activations meet the integers ``m * (u - z)``, which the scratch holds exactly. Others meet the weight as a layer
+of their dtype would hold it: scaled and rounded once.
 """
 
 from __future__ import annotations
@@ -144,3 +144,24 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
             else:
                 torch.addmm(bias.to(x.dtype), x, w.T, out=product)
     return y
+
+
+def expanded_gradient(
+    grad: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    fmt: WeightFormat,
+    grad_x: torch.Tensor,
+) -> torch.Tensor:
+    """``grad_x`` [M, K], filled in: ``grad`` [M, N] times the weight, by cuBLAS; all fp32."""
+    stretches = chunks(grad.shape[1], grad_x.shape[1], grad.element_size())
+    grad_x.zero_()
+    scratch = torch.empty(
+        (max((count for _, count in stretches), default=0), grad_x.shape[1]), dtype=grad.dtype, device=grad.device
+    )
+    for first, count in stretches:
+        expand(qweight, scale, group_code, fmt, first, scratch[:count])
+        with torch.no_grad():
+            torch.addmm(grad_x, grad[:, first : first + count], scratch[:count], out=grad_x)
+    return grad_x

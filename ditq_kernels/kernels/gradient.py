@@ -1,4 +1,6 @@
-"""The gradient of the input, on the packed weight: ``grad_x = grad_y @ W`` with W decoded tile by tile, never dense."""
+"""The gradient of the input, on the packed weight: ``grad_x = grad_y @ W`` with W decoded tile by tile, never dense;
+of fp32 gradients stretch by stretch.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from ..formats import WeightFormat
 from .config import GRADIENT_TILE, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .device import launch_device
+from .expansion import expanded_gradient
 from .interpreter import interpreting
 
 
@@ -60,8 +63,8 @@ def grad_input_kernel(
         w_low = (low.to(tl.float32) * s_low[:, None]).to(g.dtype).to(operand_type)
         w_high = (high.to(tl.float32) * s_high[:, None]).to(g.dtype).to(operand_type)
         g = g.to(operand_type)
-        total_low = tl.dot(g, w_low, total_low, input_precision="ieee")
-        total_high = tl.dot(g, w_high, total_high, input_precision="ieee")
+        total_low = tl.dot(g, w_low, total_low)
+        total_high = tl.dot(g, w_high, total_high)
     columns = (k + tl.arange(0, PART))[None, :]
     row = grad_x + m.to(tl.int64)[:, None] * K
     rows_inside = (m < M)[:, None]
@@ -100,6 +103,9 @@ def grad_input(
     if not grad_x.numel():
         return grad_x
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    if grad.dtype == torch.float32:
+        with launch_device(grad):
+            return expanded_gradient(grad, qweight, scale, group_code, fmt, grad_x)
     constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
     grid = (cdiv(rows, constants["BLOCK_M"]), cdiv(in_features, BLOCK.value) * parts)

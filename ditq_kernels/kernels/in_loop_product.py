@@ -1,5 +1,5 @@
-"""The matrix product that decodes its weights in the loop: activations (int8, or in their own dtype) of any number of
-rows, weights of every format.
+"""The matrix product that decodes its weights in the loop: int8 or 16-bit activations of any number of rows, weights of
+every format.
 
 The tile is computed transposed, ``[BLOCK_N, BLOCK_M]``: with the weight as the left operand, Hopper's matrix
 instruction takes the decoded weights from registers and they are never written to shared memory.
@@ -86,13 +86,13 @@ def in_loop_product_kernel(
             x_high = _load_activations(x_k + HALF_BLOCK, k + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
             low, high = low.to(operand_type), high.to(operand_type)
             if PROMOTED:
-                y_low = tl.dot(low, x_low, out_dtype=accumulator_type, input_precision="ieee")
+                y_low = tl.dot(low, x_low, out_dtype=accumulator_type)
                 total += y_low.to(tl.float32) * p_low[:, None]
-                y_high = tl.dot(high, x_high, out_dtype=accumulator_type, input_precision="ieee")
+                y_high = tl.dot(high, x_high, out_dtype=accumulator_type)
                 total += y_high.to(tl.float32) * p_high[:, None]
             else:
-                total = tl.dot(low, x_low, total, out_dtype=accumulator_type, input_precision="ieee")
-                total = tl.dot(high, x_high, total, out_dtype=accumulator_type, input_precision="ieee")
+                total = tl.dot(low, x_low, total, out_dtype=accumulator_type)
+                total = tl.dot(high, x_high, total, out_dtype=accumulator_type)
     channel_scale = None if PROMOTED else scale
     value = epilogue(total, sx, channel_scale, bias, m_read[None, :], n_read[:, None], RAW)
     store_tile(y, N, value, m[None, :], n[:, None], M, N)

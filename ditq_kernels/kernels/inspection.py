@@ -9,10 +9,10 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from tqdm import tqdm
-
-from .machine_code import MachineCode, Variant, compile_variant
+from .config import SHARED_MEMORY
+from .machine_code import MACS_PER_CLOCK, MachineCode, Variant, compile_variant
 from .shipped import variants
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -42,6 +42,12 @@ def failures(variant: Variant, code: MachineCode) -> list[str]:
         wrong.append("the decoded weight does not come from registers")
     if variant.issue_budget and code.issue_slots is not None and code.issue_slots > variant.issue_budget:
         wrong.append(f"{code.issue_slots} issue slots per matrix clock, more than {variant.issue_budget}")
+    if variant.issue_budget and code.issue_slots is None and None not in MACS_PER_CLOCK[code.arch]:
+        wrong.append("its main loop was not recognised")
+    if code.driver_registers not in (None, code.registers):
+        wrong.append(f"the driver gives it {code.driver_registers} registers, not {code.registers}")
+    if code.driver_spills:
+        wrong.append(f"the driver gives it {code.driver_spills} words of thread-local memory")
     return wrong
 
 
@@ -53,32 +59,50 @@ class Finding:
     failures: tuple[str, ...]
 
 
-def inspect_variant(variant: Variant, arch: int) -> Finding:
-    """Compile one form for ``arch`` and judge it."""
-    code = compile_variant(variant, arch)
+def _not_compiled(variant: Variant, arch: int, reason: str) -> Finding:
+    code = MachineCode(variant.name, arch, 0, 0, 0, SHARED_MEMORY[arch], (), None, None, None)
+    return Finding(code, (f"did not compile: {reason}",))
+
+
+def inspect_variant(variant: Variant, arch: int, driver: bool = False) -> Finding:
+    """Compile one form for ``arch`` and judge it; ``driver``: see :func:`.machine_code.compile_variant`."""
+    try:
+        code = compile_variant(variant, arch, driver)
+    except Exception as error:  # a compiler's, the disassembler's or the driver's: the finding says so
+        said = " ".join(str(error).split())[-300:]  # Triton's begin with the kernel's source
+        return _not_compiled(variant, arch, f"{type(error).__name__}: {said}")
     return Finding(code, tuple(failures(variant, code)))
 
 
-def _inspect_index(index: int, arch: int) -> Finding:
+def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
     """The ``index``-th form of ``arch``: a number crosses to another process where a kernel could not."""
-    return inspect_variant(list(variants(arch))[index], arch)
+    return inspect_variant(list(variants(arch))[index], arch, driver)
 
 
-def inspect(architectures: Iterable[int], workers: int | None = None) -> Iterator[Finding]:
+def count(architectures: Iterable[int]) -> int:
+    """How many findings :func:`inspect` yields."""
+    return sum(1 for arch in architectures for _ in variants(arch))
+
+
+def inspect(architectures: Iterable[int], workers: int | None = None, driver: bool = False) -> Iterator[Finding]:
     """Findings of every shipped form for ``architectures`` (10 * major + minor), in order, compiled by ``workers``
-    processes (default: one a core).
+    processes (default: one a core). A form that ends its compiler's process is a finding too.
     """
-    jobs = [(index, arch) for arch in architectures for index, _ in enumerate(variants(arch))]
+    jobs = [(index, arch, driver) for arch in architectures for index, _ in enumerate(variants(arch))]
     workers = workers or os.cpu_count() or 1
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     try:
-        with (
-            ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
-            tqdm(total=len(jobs), desc="compiling", unit="kernel", leave=False) as bar,
-        ):
-            for finding in pool.map(_inspect_index, *zip(*jobs, strict=True)):
-                bar.update()
-                yield finding
+        while jobs:
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                try:
+                    for finding in pool.map(_inspect_index, *zip(*jobs, strict=True)):
+                        del jobs[0]
+                        yield finding
+                except BrokenProcessPool:
+                    if workers == 1:
+                        index, arch, _ = jobs.pop(0)
+                        yield _not_compiled(list(variants(arch))[index], arch, "the compiler's process ended")
+                    workers = 1  # of several at work nobody knows which it was
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment

@@ -5,7 +5,6 @@ Needs a process without ``TRITON_INTERPRET``; the disassembler comes with Triton
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import tempfile
@@ -65,12 +64,15 @@ class MachineCode:
         spills: instructions that read or write thread-local memory.
         shared: bytes of shared memory per thread block; ``shared_limit``: what the architecture has.
         matrix_instructions: mnemonics of the matrix instructions, in order of appearance.
-        left_operand: where the matrix instructions take their left operand from: "registers", "shared" or None.
+        left_operand: where the matrix instructions take their left operand from: "registers" if all of them do,
+            "shared" if any takes it from there, or None.
         loop_instructions: in one turn of the loop around the matrix instructions; None without such a loop.
         issue_slots: issue slots per matrix clock, ``loop_instructions * warps / 4 / matrix_clocks``: the clocks that
             the four schedulers of a multiprocessor take to issue one turn of the loop, over those that its matrix units
             take to compute it, the loop's multiply-accumulates over the architecture's rate (:data:`MACS_PER_CLOCK`).
             Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
+        driver_registers, driver_spills: registers per thread, and words of thread-local memory, that a driver gave the
+            kernel when it loaded it; None where none did.
     """
 
     name: str
@@ -83,6 +85,8 @@ class MachineCode:
     left_operand: str | None
     loop_instructions: int | None
     issue_slots: float | None
+    driver_registers: int | None = None
+    driver_spills: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,33 @@ def _source(variant: Variant) -> ASTSource:
     return ASTSource(variant.kernel, signature, constants, attributes)
 
 
-def compile_variant(variant: Variant, arch: int) -> MachineCode:
-    """Compile ``variant`` for ``arch`` (10 * major + minor) and read its machine code."""
+def load(name: str, cubin: bytes, shared: int) -> tuple[int, int]:
+    """(registers, words of thread-local memory) of a kernel that the driver of the current GPU has loaded.
+
+    Raises:
+        RuntimeError: if the driver refuses it.
+    """
+    import torch
+    from triton.runtime import driver
+
+    torch.cuda.synchronize()  # there is a context from here on
+    device = torch.cuda.current_device()
+    _, _, registers, spills, _ = driver.active.utils.load_binary(name, cubin, shared, device)
+    return registers, spills
+
+
+def left_operand(matrix: list[Instruction]) -> str | None:
+    """See :attr:`MachineCode.left_operand`."""
+    places = {instruction.left_operand for instruction in matrix}
+    return "shared" if "shared" in places else next(iter(places), None)
+
+
+def compile_variant(variant: Variant, arch: int, driver: bool = False) -> MachineCode:
+    """Compile ``variant`` for ``arch`` (10 * major + minor) and read its machine code.
+
+    Args:
+        driver: load it on the current GPU, which is of ``arch``, as well.
+    """
     compiled = triton.compile(_source(variant), target=GPUTarget("cuda", arch, 32), options=variant.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -199,6 +228,7 @@ def compile_variant(variant: Variant, arch: int) -> MachineCode:
     code = instructions(listing)
     matrix = [instruction for instruction in code if instruction.is_matrix]
     turn = main_loop(code)
+    loaded = load(compiled.name, compiled.asm["cubin"], compiled.metadata.shared) if driver else (None, None)
     return MachineCode(
         name=variant.name,
         arch=arch,
@@ -207,12 +237,9 @@ def compile_variant(variant: Variant, arch: int) -> MachineCode:
         shared=compiled.metadata.shared,
         shared_limit=SHARED_MEMORY[arch],
         matrix_instructions=tuple(dict.fromkeys(instruction.name for instruction in matrix)),
-        left_operand=matrix[0].left_operand if matrix else None,
+        left_operand=left_operand(matrix),
         loop_instructions=len(turn) if turn else None,
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
+        driver_registers=loaded[0],
+        driver_spills=loaded[1],
     )
-
-
-def with_blocks(variant: Variant, **constants: int) -> Variant:
-    """``variant`` with other compile-time constants."""
-    return dataclasses.replace(variant, constants={**variant.constants, **constants})

@@ -14,18 +14,14 @@ from . import activation, dense_product, expansion, gradient, in_loop_product, s
 from .config import CONFIGS, Config, Problem, is_valid
 from .machine_code import Variant
 
-# One format for each way through a family's code: whole-channel and grouped 8 bits; 4 bits with one group to a block,
-# one to a half-block, and two. Other formats differ in the value of a divisor.
-FORMATS = ("w8", "w8_g128", "w4_g128", "w4_g32")
-IN_LOOP_FORMATS = {"i8": (*FORMATS, "w4_g64"), "bf16": FORMATS}
-SMALL_FORMATS = ("w8", "w8_g128", "w4_g128")
 EVEN_WIDTH, RAGGED_WIDTH = 3072, 1136
 MANY_ROWS = 4096
 MULTIPROCESSORS = 132  # any number: it decides which configuration is chosen, not which are valid
-ACTIVATION_TYPES = {1: "i8", 2: "bf16"}
+ACTIVATION_TYPES = {1: "i8", 2: "bf16"}  # what matrix products take; bf16 stands for fp16 too
+WIDEST_TYPE = "fp32"  # other kernels take it as well
 # Of 4-bit weights with int8 activations and 128 x 128 tiles: decoding must hide behind the matrix units. Groups of 32
 # have four bytes to unpack in each block of 128 inputs, where groups of 128 have one.
-ISSUE_BUDGETS = {"w4_g128": 0.7, "w4_g64": 0.7, "w4_g32": 0.9}
+ISSUE_BUDGETS = {"w4": 0.7, "w4_g128": 0.7, "w4_g64": 0.7, "w4_g32": 0.9}
 # (K, GELU) of the quantizer, and K of the norm: one and several rows of registers a thread, and more than a block.
 QUANTIZED_ROWS = ((1152, ""), (3072, ""), (20000, ""), (4608, "tanh"), (12288, "none"))
 NORM_WIDTHS = (1152, 3072)
@@ -41,8 +37,8 @@ def _problem(fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MA
 
 def _in_loop(arch: int) -> Iterator[Variant]:
     for activation_bytes, kind in ACTIVATION_TYPES.items():
-        for name in IN_LOOP_FORMATS[kind]:
-            yield from _in_loop_of(WEIGHT_FORMATS[name], activation_bytes, kind, arch)
+        for fmt in WEIGHT_FORMATS.values():
+            yield from _in_loop_of(fmt, activation_bytes, kind, arch)
 
 
 def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) -> Iterator[Variant]:
@@ -68,10 +64,11 @@ def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) 
 
 def _small(fmt: WeightFormat) -> Iterator[Variant]:
     for config in CONFIGS["small"]:
-        for silu in (False, True) if config is CONFIGS["small"][-1] else (False,):
+        last = config is CONFIGS["small"][-1]
+        for kind, silu in (("bf16", False), *((("bf16", True), (WIDEST_TYPE, False)) if last else ())):
             constants, options = small_product.specialise(config, fmt, silu)
-            types = dict(x="*bf16", bias="*bf16", y="*bf16", **_weight_types(fmt))
-            name = f"{fmt.name} x bf16 {config}{' silu' if silu else ''}"
+            types = dict(x=f"*{kind}", bias=f"*{kind}", y=f"*{kind}", **_weight_types(fmt))
+            name = f"{fmt.name} x {kind} {config}{' silu' if silu else ''}"
             yield Variant(name, small_product.small_product_kernel, types, constants, options)
 
 
@@ -105,7 +102,7 @@ def _dense_types(config: Config, kind: str) -> dict[str, str | None]:
 
 
 def _expansion(fmt: WeightFormat) -> Iterator[Variant]:
-    for kind in ACTIVATION_TYPES.values():
+    for kind in (*ACTIVATION_TYPES.values(), WIDEST_TYPE):
         if kind == "i8" and not fmt.two_level:
             continue  # int8 activations meet 8-bit weights as they are stored
         constants, options = expansion.specialise(fmt, True)
@@ -149,9 +146,7 @@ def _variants(arch: int) -> Iterator[Variant]:
     yield from _activation()
     yield from _dense(arch)
     yield from _in_loop(arch)
-    for name in FORMATS:
-        fmt = WEIGHT_FORMATS[name]
-        if name in SMALL_FORMATS:
-            yield from _small(fmt)
+    for fmt in WEIGHT_FORMATS.values():
+        yield from _small(fmt)
         yield from _expansion(fmt)
         yield _gradient(fmt)
