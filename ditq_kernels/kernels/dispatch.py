@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .. import extension
 from ..formats import WeightFormat
 from . import tables
-from .config import Config, Problem, heuristic, row_class
+from .config import Config, Problem, row_class
 from .dense_product import dense_product
 from .device import Device, describe, launch_device
 from .expansion import expanded_product
@@ -38,9 +38,16 @@ def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat) -> Problem
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(
-    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: Device
+    rows: int,
+    out_features: int,
+    in_features: int,
+    activation_bytes: int,
+    fmt: WeightFormat,
+    device: Device,
+    out_dtype: torch.dtype,
 ) -> Config:
-    return tables.choose(_problem(rows, out_features, in_features, activation_bytes, fmt, device), device.name)
+    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device)
+    return tables.choose(problem, device.name, extension=out_dtype in HALF_PRECISION)
 
 
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
@@ -68,9 +75,9 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
     if config is None:
         rows, in_features = x.shape
         out_features = operands.qweight.shape[0]
-        config = _chosen(row_class(rows), out_features, in_features, x.element_size(), operands.fmt, device)
-        if config.route == "cuda" and operands.out_dtype not in HALF_PRECISION:
-            config = heuristic(problem_of(x, out_features, operands.fmt))
+        config = _chosen(
+            row_class(rows), out_features, in_features, x.element_size(), operands.fmt, device, operands.out_dtype
+        )
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)

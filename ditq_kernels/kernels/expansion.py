@@ -70,8 +70,10 @@ def expansion_kernel(
 
 
 @functools.cache
-def specialise(fmt: WeightFormat, even: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
-    """(compile-time constants, launch options) of :func:`expansion_kernel`; ``even``: whether K is whole blocks."""
+def specialise(fmt: WeightFormat, even: bool, element_bytes: int) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """(compile-time constants, launch options) of :func:`expansion_kernel`; ``even``: whether K is whole blocks;
+    ``element_bytes``: of the scratch.
+    """
     constants = dict(
         BITS=fmt.bits,
         GROUP=fmt.group or 0,
@@ -81,7 +83,7 @@ def specialise(fmt: WeightFormat, even: bool) -> tuple[dict[str, int | bool], di
         PART=columns_per_part(fmt),
         BLOCK_N=EXPANSION_BLOCK_N,
     )
-    return constants, dict(num_warps=EXPANSION_WARPS)
+    return constants, dict(num_warps=EXPANSION_WARPS * max(1, element_bytes // 2))  # fp32 takes the registers of two
 
 
 def chunks(out_features: int, in_features: int, element_bytes: int) -> list[tuple[int, int]]:
@@ -105,7 +107,7 @@ def expand(
     integers if it is int8, else scaled and rounded to its dtype.
     """
     count, in_features = expanded.shape
-    constants, options = specialise(fmt, in_features % BLOCK.value == 0)
+    constants, options = specialise(fmt, in_features % BLOCK.value == 0, expanded.element_size())
     parts = HALF_BLOCK.value // constants["PART"]
     expansion_kernel[(cdiv(count, EXPANSION_BLOCK_N), cdiv(in_features, BLOCK.value) * parts)](
         qweight,

@@ -19,6 +19,7 @@ MANY_ROWS = 4096
 MULTIPROCESSORS = 132  # any number: it decides which configuration is chosen, not which are valid
 ACTIVATION_TYPES = {1: "i8", 2: "bf16"}  # what matrix products take; bf16 stands for fp16 too
 WIDEST_TYPE = "fp32"  # other kernels take it as well
+ELEMENT_BYTES = {kind: size for size, kind in ACTIVATION_TYPES.items()} | {WIDEST_TYPE: 4}
 # Of 4-bit weights with int8 activations and 128 x 128 tiles: decoding must hide behind the matrix units. Groups of 32
 # have four bytes to unpack in each block of 128 inputs, where groups of 128 have one.
 ISSUE_BUDGETS = {"w4": 0.7, "w4_g128": 0.7, "w4_g64": 0.7, "w4_g32": 0.9}
@@ -105,7 +106,7 @@ def _expansion(fmt: WeightFormat) -> Iterator[Variant]:
     for kind in (*ACTIVATION_TYPES.values(), WIDEST_TYPE):
         if kind == "i8" and not fmt.two_level:
             continue  # int8 activations meet 8-bit weights as they are stored
-        constants, options = expansion.specialise(fmt, True)
+        constants, options = expansion.specialise(fmt, True, ELEMENT_BYTES[kind])
         types = dict(expanded=f"*{kind}", **_weight_types(fmt))
         yield Variant(f"{fmt.name} expansion to {kind}", expansion.expansion_kernel, types, constants, options)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Problem, heuristic, is_valid
+from .config import ROW_CLASSES, Config, Problem, heuristic, is_valid
 
 SHIPPED = Path(__file__).parent / "measured"
 DIRECTORY_VARIABLE = "DITQ_TABLES"
@@ -108,9 +108,12 @@ def _winners(directory: Path, gpu_name: str) -> dict[tuple[str, int, int, int, i
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, gpu_name: str) -> Config:
+def choose(problem: Problem, gpu_name: str, extension: bool = True) -> Config:
     """The measured winner for ``problem`` if a table has one that is valid, else the heuristic's choice. With
     ``DITQ_PRINT_CONFIG=1`` each choice is printed once, to standard error.
+
+    Args:
+        extension: whether the CUDA extension may be chosen.
     """
     key = (
         problem.fmt.name,
@@ -122,14 +125,15 @@ def choose(problem: Problem, gpu_name: str) -> Config:
     found, source = None, "heuristic"
     for directory in (user_directory(), SHIPPED):
         found = _winners(directory, gpu_name).get(key)
-        if found is not None and is_valid(found, problem):
+        if found is not None and (extension or found.route != "cuda") and is_valid(found, problem):
             source = str(table_path(directory, gpu_name))
             break
         found = None
     config = found or heuristic(problem)
     if os.environ.get(PRINT_VARIABLE) == "1":
+        rows = f"M <= {problem.rows}" if problem.rows < ROW_CLASSES[-1] else f"M > {ROW_CLASSES[-2]}"
         print(
-            f"ditq: {problem.fmt.name} weights, {8 * problem.activation_bytes}-bit activations, M <= {problem.rows}, "
+            f"ditq: {problem.fmt.name} weights, {8 * problem.activation_bytes}-bit activations, {rows}, "
             f"N = {problem.out_features}, K = {problem.in_features}: {config} ({source})",
             file=sys.stderr,
         )
