@@ -64,7 +64,9 @@ def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) 
 
 
 def _small(fmt: WeightFormat) -> Iterator[Variant]:
-    for config in CONFIGS["small"]:
+    """All configurations; of groups shorter than 128, which differ in a divisor, the one with the most registers."""
+    shorter = fmt.group is not None and fmt.group < 128
+    for config in CONFIGS["small"][-1:] if shorter else CONFIGS["small"]:
         last = config is CONFIGS["small"][-1]
         for kind, silu in (("bf16", False), *((("bf16", True), (WIDEST_TYPE, False)) if last else ())):
             constants, options = small_product.specialise(config, fmt, silu)
