@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # Left to right; modules of one layer may import each other.
 LAYERS = (
-    ("errors", "formats"),
+    ("errors", "progress", "formats"),
     ("packing",),
     ("quantizer", "reference", "kernels", "extension"),
     ("backend",),

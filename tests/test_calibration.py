@@ -322,7 +322,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("ditq_kernels.calibration.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         result.save(tmp_path / "cal")
     assert [path.name for path in tmp_path.iterdir()] == ["cal"]

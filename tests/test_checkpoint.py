@@ -149,7 +149,7 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("ditq_kernels.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -282,7 +282,7 @@ def test_an_interrupt_has_its_own_exit_code(monkeypatch, capsys):
 
 
 def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
-    from ditq_kernels import checkpoint, quantize
+    from ditq_kernels import quantize
     from ditq_kernels.integrations.diffusers import save_quantized
 
     source = load_source(bare_model)
@@ -291,7 +291,7 @@ def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
     def full_disk(*arguments, **keywords):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_quantized(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
