@@ -37,6 +37,7 @@ def findings():
     yield 90, dataclasses.replace(slow, issue_budget=shipped.ISSUE_BUDGETS["w4_g128"])
     yield 90, dataclasses.replace(find(90, "dense i8 int8 128x128x128 warps=8 stages=3 K"), decodes=True)
     yield 90, dataclasses.replace(find(90, "quantize per token"), issue_budget=0.7)
+    yield 80, dataclasses.replace(find(80, "w8 expansion to fp32"), options=dict(num_warps=4))
     yield 90, with_blocks(find(90, "quantize per token"), BLOCK_K=1000)
 
 print(json.dumps([inspection.inspect_variant(variant, arch).failures for arch, variant in findings()]))
@@ -113,13 +114,14 @@ def test_every_valid_configuration_is_inspected():
 def test_bad_configurations_fail():
     result = compiling_process("-c", BAD_CONFIGURATIONS)
     assert result.returncode == 0, result.stderr
-    spills, shared, narrow, slow, stored, loopless, broken = json.loads(result.stdout)
+    spills, shared, narrow, slow, stored, loopless, without_product, broken = json.loads(result.stdout)
     assert any("spill instructions" in failure for failure in spills)
     assert any("shared memory, more than" in failure for failure in shared)
     assert any("IMMA" in failure and "not ['IGMMA']" in failure for failure in narrow)
     assert any("issue slots per matrix clock" in failure for failure in slow)
     assert stored == ["the decoded weight does not come from registers"]
     assert loopless == ["its main loop was not recognised"]
+    assert without_product == ["2 spill instructions"]
     assert len(broken) == 1 and broken[0].startswith("did not compile: ") and "power of 2" in broken[0]
 
 
