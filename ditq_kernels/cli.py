@@ -1,4 +1,4 @@
-"""``ditq``: quantize, generate, demo, bench, tune, inspect, env. Heavy imports wait until a command needs them."""
+"""``ditq``: quantize, generate, demo, analyze, bench, tune, inspect, env. Heavy imports wait for who needs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .benchmark.options import add_commands
+from .analysis import command as analysis_command
+from .benchmark import options as benchmark_options
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -315,7 +316,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_count, default=50, help="sampling steps (default: %(default)s)")
     demo.add_argument("--samples-per-class", type=_count, default=1, help="pictures per class (default: %(default)s)")
 
-    add_commands(command, _device, _count, _inspect_instead)
+    analysis_command.add_commands(command, _device, _count, _seed)
+    benchmark_options.add_commands(command, _device, _count, _inspect_instead)
 
     inspect = command(
         "inspect",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -61,17 +61,28 @@ def count_calls(model: nn.Module, run: Callable[[], Any]) -> int:
     return calls
 
 
-def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: int, observer: Observer) -> int:
+class CallObserver(Protocol):
+    """What :func:`observe_calls` tells of a run."""
+
+    def begin(self, call: int) -> None:
+        """The ``call``-th call of the model begins, from 0."""
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """The linear layer ``name`` is fed ``x``; only calls that are to be seen come here. May raise."""
+
+
+def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: int, observer: CallObserver) -> int:
     """Run until ``observer`` has seen ``count`` calls of ``model``, from call ``first`` on; how many were made.
 
     Raises:
-        ValueError: for activations that are not finite, naming the layer.
+        Whatever ``observer.see`` raises.
     """
     calls = 0
     failure: Exception | None = None
 
     def begin(*_: Any) -> None:
         nonlocal calls
+        observer.begin(calls)
         calls += 1
 
     def end(*_: Any) -> None:
@@ -120,8 +131,15 @@ class Observer:
         self._contribution: torch.Tensor | None = None
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def begin(self, call: int) -> None:
+        pass  # one step is seen, and its calls are not told apart
+
     def see(self, name: str, x: torch.Tensor) -> None:
-        """Record ``x`` [..., K], one input of the layer ``name``."""
+        """Record ``x`` [..., K], one input of the layer ``name``.
+
+        Raises:
+            ValueError: if it is not finite, naming the layer.
+        """
         if x.numel() == 0:
             return
         if not bool(torch.isfinite(x).all()):
