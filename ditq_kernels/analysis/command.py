@@ -23,7 +23,7 @@ def _analyze(args: argparse.Namespace, device: str) -> int:
     if name != "DiTTransformer2DModel":
         raise ValueError(
             f"this command can sample only DiTTransformer2DModel, and {args.source} holds a {name}; analyze it in "
-            "Python with ditq_kernels.analysis.analyze"
+            "Python with ditq_kernels.analysis.analyze.analyze"
         )
     if device == "cpu":
         source.transformer.float()  # a CPU takes three times as long in 16 bits
