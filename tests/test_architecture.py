@@ -15,7 +15,7 @@ LAYERS = (
     ("ops",),
     ("linear",),
     ("recipes", "observation", "plan_table", "planning", "calibration", "conversion", "manifest", "checkpoint"),
-    ("integrations", "benchmark", "analysis"),
+    ("integrations", "benchmark", "analysis", "evaluation"),
     ("demo",),
     ("cli", "__main__"),
 )

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from ..backend import selected_backend
 from ..calibration import Calibration, calibrate
 from ..conversion import quantize, quantized_layers
+from ..evaluation.metrics import difference, to_unit_range
 from ..formats import RECOMMENDED, Scheme
 from ..integrations.diffusers import Source, load_source
-from ..integrations.sampling import sample, to_unit_range
+from ..integrations.sampling import sample
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
 
@@ -109,13 +110,12 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _compare(samples: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
-    pictures, reference = to_unit_range(samples), to_unit_range(original)
-    each = peak_signal_noise_ratio(pictures, reference, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    found = difference(samples, original)
     return dict(
-        psnr_db=float(each.mean()),
-        psnr_db_worst=float(each.min()),
-        ssim=float(structural_similarity_index_measure(pictures, reference, data_range=1.0)),
-        relative_l2=float((samples - original).norm() / original.norm()),
+        psnr_db=float(found.psnr_db.mean()),
+        psnr_db_worst=float(found.psnr_db.min()),
+        ssim=float(found.ssim.mean()),
+        relative_l2=found.relative_l2,
     )
 
 

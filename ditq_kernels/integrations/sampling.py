@@ -14,6 +14,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from ..evaluation.metrics import to_unit_range
+
 # diffusers' own settings for DiT-XL/2, for models that come without a scheduler.
 DEFAULT_SCHEDULE = dict(
     num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
@@ -92,11 +94,6 @@ def sample(
             prediction = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(prediction, t, x, **noise_source).prev_sample
     return x.float().cpu()
-
-
-def to_unit_range(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] to [0, 1], clamped."""
-    return (pictures / 2 + 0.5).clamp(0, 1)
 
 
 def save_grid(pictures: torch.Tensor, columns: int, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What quantization does to the pictures: same-seed differences, and distances between distributions of samples."""

@@ -1,0 +1,69 @@
+"""Metrics against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from ditq_kernels.evaluation.metrics import classifier_score, difference, frechet_distance, interval
+
+
+def test_a_known_difference():
+    original = torch.zeros(3, 1, 16, 16)
+    original[:, :, :8] = 0.5
+    pictures = original.clone()
+    pictures[1] += 0.2  # 0.1 in the unit range
+    found = difference(pictures, original)
+    assert found.psnr_db.isinf().tolist() == [True, False, True]
+    assert float(found.psnr_db[1]) == pytest.approx(20.0, abs=1e-3)
+    assert found.ssim.shape == (3,) and float(found.ssim[0]) == pytest.approx(1.0) and float(found.ssim[1]) < 1.0
+    assert found.relative_l2 == pytest.approx(0.2 * 16 / (0.5 * math.sqrt(3 * 128)))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "original", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), torch.zeros(3, 1, 8, 8), "must match"),
+        (torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8), "be some"),
+        (torch.full((1, 1, 8, 8), torch.nan), torch.zeros(1, 1, 8, 8), "NaN"),
+    ],
+)
+def test_what_cannot_be_compared(pictures, original, message):
+    with pytest.raises(ValueError, match=message):
+        difference(pictures, original)
+
+
+def test_the_frechet_distance_of_gaussians():
+    """Diagonal covariances: |difference of means|^2 + sum (s - t)^2, of the samples' own moments."""
+    torch.manual_seed(0)
+    # The features are the pixels; whitened, so that the samples' moments are exact.
+    base = torch.randn(700, 4, dtype=torch.float64)
+    base = (base - base.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(base.T.cov())).T
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.5]), torch.tensor([0.0, 1.0, -1.0, 0.5])
+    pictures = (base * scale + shift).view(-1, 1, 2, 2)
+    expected = float(shift.square().sum() + (scale - 1).square().sum())
+    found = frechet_distance(pictures, base[:].view(-1, 1, 2, 2), lambda x: x.flatten(1), 4)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(base.view(-1, 1, 2, 2), base.view(-1, 1, 2, 2), lambda x: x.flatten(1), 4) < 1e-9
+    with pytest.raises(ValueError, match="4 pictures are too few for the covariance of 4 features"):
+        frechet_distance(pictures[:4], pictures, lambda x: x.flatten(1), 4)
+
+
+def test_scores_of_certain_and_of_clueless_classifiers():
+    certain, clueless = torch.eye(5).repeat(4, 1), torch.full((20, 5), 0.2)
+    assert classifier_score(certain.split(7)) == pytest.approx(5.0)
+    assert classifier_score([clueless]) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="needs pictures"):
+        classifier_score([])
+
+
+def test_an_interval_holds_the_mean_about_as_often_as_it_says():
+    torch.manual_seed(0)
+    hits = 0
+    for _ in range(100):
+        low, high = interval(torch.randn(60) + 3, resamples=400)
+        hits += low <= 3 <= high
+    assert 85 <= hits <= 100
+    assert interval(torch.arange(10.0)) == interval(torch.arange(10.0))
+    with pytest.raises(ValueError, match="at least two"):
+        interval(torch.ones(1))
