@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,11 +52,15 @@ def sample(
     steps: int = 50,
     guidance: float = 2.0,
     progress: bool = True,
+    after_step: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Sample one picture (or latent) per label and seed, on the model's device and in its dtype.
 
     Classifier-free guidance runs as one batch of twice the size; with ``guidance == 1`` the unconditional half is left
     out.
+
+    Args:
+        after_step: sees the samples after each step, on the model's device.
 
     Returns:
         fp32 [B, C, H, W] on the CPU.
@@ -93,6 +97,8 @@ def sample(
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(prediction, t, x, **noise_source).prev_sample
+        if after_step is not None:
+            after_step(x)
     return x.float().cpu()
 
 

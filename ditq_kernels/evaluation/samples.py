@@ -1,0 +1,165 @@
+"""Many samples of one model, drawn in batches that lie on disk: what was drawn before an interruption is not drawn
+again, and several processes share the batches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is drawn. Every picture has a seed of its own and does not depend on who draws which batch.
+
+    Attributes:
+        model: what the model is, in words that differ wherever the model does: its source, scheme and rounding.
+        classes: classes taken in turn.
+        count: pictures.
+        first_seed: of the first picture; the others follow.
+        steps, guidance: of the sampler.
+        batch: pictures drawn at once.
+    """
+
+    model: str
+    classes: int
+    count: int
+    first_seed: int
+    steps: int
+    guidance: float
+    batch: int
+
+    @property
+    def labels(self) -> list[int]:
+        return [index % self.classes for index in range(self.count)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.first_seed + index for index in range(self.count)]
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the pictures, one a batch."""
+        return (slice(first, min(first + self.batch, self.count)) for first in range(0, self.count, self.batch))
+
+    def path(self, directory: Path, batch: slice) -> Path:
+        """The file of one batch."""
+        return directory / f"{batch.start:07d}.safetensors"
+
+
+def _agree(request: Request, directory: Path) -> None:
+    """Note in ``directory`` what it holds samples of.
+
+    Raises:
+        ValueError: if it holds samples of something else, naming the first difference.
+    """
+    path = directory / SETTINGS_FILE
+    wanted = asdict(request)
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{directory} holds samples with {name} = {found.get(name)}, and {value} is asked for; choose "
+                    "another directory, or remove it"
+                )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f".{uuid.uuid4().hex}"
+    beside.write_text(json.dumps(wanted, indent=1) + "\n")
+    os.replace(beside, path)  # by whichever process comes last; all write the same
+
+
+def draw(
+    request: Request,
+    model: nn.Module,
+    scheduler: SchedulerMixin,
+    directory: Path,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> int:
+    """Draw those batches of ``request`` that ``directory`` lacks; how many were drawn. Each file appears whole or not
+    at all.
+
+    Args:
+        process, processes: this one, of how many that share the batches.
+
+    Raises:
+        ValueError: if ``directory`` holds samples of another request.
+    """
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from ..integrations.sampling import sample
+
+    _agree(request, directory)
+    mine = list(request.batches())[process::processes]
+    missing = [batch for batch in mine if not request.path(directory, batch).exists()]
+    labels, seeds = request.labels, request.seeds
+    for batch in tqdm(missing, desc=request.model, unit="batch", file=sys.stderr, leave=False, disable=not progress):
+        samples = sample(
+            model,
+            scheduler,
+            labels[batch],
+            seeds[batch],
+            steps=request.steps,
+            guidance=request.guidance,
+            progress=False,
+        )
+        target = request.path(directory, batch)
+        beside = directory / f".{uuid.uuid4().hex}"
+        try:
+            save_file(dict(samples=samples, labels=torch.tensor(labels[batch])), beside)
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+    return len(missing)
+
+
+def load(request: Request, directory: Path) -> torch.Tensor:
+    """fp32 [count, C, H, W]: all samples of ``request``, in order.
+
+    Raises:
+        ValueError: if some are missing, or ``directory`` holds those of another request.
+    """
+    from safetensors.torch import load_file
+
+    _agree(request, directory)
+    paths = [request.path(directory, batch) for batch in request.batches()]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(paths)} batches, {missing[0]} the first; draw them")
+    return torch.cat([load_file(path)["samples"] for path in paths])
+
+
+def save_for_other_evaluators(pictures: torch.Tensor, labels: list[int], path: Path) -> None:
+    """Write an ``.npz`` that guided-diffusion's evaluator reads: ``arr_0`` uint8 [N, H, W, 3], ``arr_1`` the labels.
+    Pictures [N, 1 or 3, H, W] in [-1, 1]; grey ones are repeated.
+    """
+    import numpy as np
+
+    from .metrics import to_unit_range
+
+    levels = (to_unit_range(pictures) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    colours = levels.expand(-1, -1, -1, 3) if levels.shape[-1] == 1 else levels
+    beside = path.with_name(f".{uuid.uuid4().hex}.npz")
+    try:
+        np.savez(beside, colours.contiguous().numpy(), np.asarray(labels, dtype=np.int64))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Samples on disk: the same whoever draws them, and whatever interrupts it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small_sources import small_dit
+
+from ditq_kernels.evaluation.samples import Request, draw, load, save_for_other_evaluators
+from ditq_kernels.integrations.sampling import default_scheduler, sample
+
+REQUEST = Request("small", classes=3, count=7, first_seed=40, steps=3, guidance=2.0, batch=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_dit()
+
+
+@pytest.fixture(scope="module")
+def drawn(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("drawn") / "samples"
+    assert draw(REQUEST, model, default_scheduler(), directory, progress=False) == 4
+    return directory
+
+
+def test_the_samples_are_the_samplers(drawn, model):
+    found = load(REQUEST, drawn)
+    assert found.shape[0] == 7 and REQUEST.labels == [0, 1, 2, 0, 1, 2, 0] and REQUEST.seeds[-1] == 46
+    last = sample(model, default_scheduler(), [0], [46], steps=3, guidance=2.0, progress=False)
+    assert torch.equal(found[6:], last)
+
+
+def test_two_processes_draw_what_one_does(drawn, model, tmp_path):
+    done = [draw(REQUEST, model, default_scheduler(), tmp_path, process=i, processes=2, progress=False) for i in (1, 0)]
+    assert done == [2, 2] and torch.equal(load(REQUEST, tmp_path), load(REQUEST, drawn))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    original, saved = safetensors.torch.save_file, []
+
+    def interrupted(tensors, path):
+        if len(saved) == 2:
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        saved.append(path)
+        original(tensors, path)
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(REQUEST, model, default_scheduler(), tmp_path, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="lacks 2 of 4 batches, 0000004"):
+        load(REQUEST, tmp_path)
+    assert draw(REQUEST, model, default_scheduler(), tmp_path, progress=False) == 2
+    assert torch.equal(load(REQUEST, tmp_path), load(REQUEST, drawn))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in drawn.iterdir())
+
+
+@pytest.mark.parametrize("change", [dict(steps=4), dict(model="other"), dict(batch=3), dict(guidance=1.0)])
+def test_samples_of_something_else_are_refused(drawn, model, change):
+    other = dataclasses.replace(REQUEST, **change)
+    (name,) = change
+    for call in (lambda: load(other, drawn), lambda: draw(other, model, default_scheduler(), drawn)):
+        with pytest.raises(ValueError, match=f"holds samples with {name} = "):
+            call()
+
+
+def test_the_layout_of_other_evaluators(tmp_path):
+    pictures = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
+    save_for_other_evaluators(pictures, [3, 1], tmp_path / "samples.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    with np.load(tmp_path / "samples.npz") as found:
+        assert found["arr_0"].shape == (2, 4, 4, 3) and found["arr_0"].dtype == np.uint8
+        assert found["arr_0"].min() == 0 and found["arr_0"].max() == 255 and found["arr_1"].tolist() == [3, 1]
+        assert (found["arr_0"][..., 0] == found["arr_0"][..., 2]).all()
