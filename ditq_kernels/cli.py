@@ -1,4 +1,4 @@
-"""``ditq``: quantize, generate, demo, analyze, bench, tune, inspect, env. Heavy imports wait for who needs them."""
+"""``ditq``: quantize, generate, demo, analyze, evaluate, bench, tune, inspect, env. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .analysis import command as analysis_command
 from .benchmark import options as benchmark_options
+from .evaluation import command as evaluation_command
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -197,35 +198,17 @@ def _loadable_architecture(asked: list[int] | None, known: Sequence[int]) -> int
 
 
 def env_command(args: argparse.Namespace) -> int:
-    import importlib.metadata
-    import platform
-    import shutil
+    from .environment import describe
 
-    import torch
-
-    from . import __version__, extension
-    from .backend import BACKENDS, why_unavailable
-
-    print(f"ditq_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics"):
-        try:
-            print(f"  {package:12} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"  {package:12} not installed")
-    print(f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}")
-    print(f"  {'extension':12} {extension.why_unavailable() or 'built, and loads'}")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            print(f"  GPU {index}        {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-    else:
-        print("  GPU          none that torch can use")
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    for kind in kinds:
-        for backend in BACKENDS:
-            reason = why_unavailable(backend, kind)
-            print(f"backend {backend:9} for {kind:4} tensors: {'works' if reason is None else 'no: ' + reason}")
+    print("\n".join(describe()))
     return 0
+
+
+def _judge(model):
+    """The embedded classifier for pictures that it knows."""
+    from .demo.classifier import judge_of
+
+    return judge_of(model)
 
 
 def _inspect_instead() -> None:
@@ -317,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples-per-class", type=_count, default=1, help="pictures per class (default: %(default)s)")
 
     analysis_command.add_commands(command, _device, _count, _seed)
+    evaluation_command.add_commands(command, _device, _count, _seed, _judge)
     benchmark_options.add_commands(command, _device, _count, _inspect_instead)
 
     inspect = command(

@@ -15,7 +15,7 @@ LAYERS = (
     ("ops",),
     ("linear",),
     ("recipes", "observation", "plan_table", "planning", "calibration", "conversion", "manifest", "checkpoint"),
-    ("integrations", "benchmark", "analysis", "evaluation"),
+    ("integrations", "benchmark", "analysis", "evaluation", "environment"),
     ("demo",),
     ("cli", "__main__"),
 )

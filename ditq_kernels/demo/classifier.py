@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..evaluation.run import Judge
+
 DIRECTORY = Path(__file__).parent / "fashion_classifier"
 
 
@@ -48,3 +50,12 @@ def accuracy(classifier: FashionClassifier, pictures: torch.Tensor, labels: torc
         for batch, wanted in zip(pictures.split(500), labels.split(500), strict=True)
     ]
     return float(sum(hits)) / len(labels)
+
+
+def judge_of(model: nn.Module) -> Judge | None:
+    """The classifier as a judge of a diffusion transformer's samples; None if they are not pictures that it knows."""
+    config = model.config
+    if (config.in_channels, config.sample_size, config.num_embeds_ada_norm) != (1, 28, 10):
+        return None
+    classifier = load_classifier().requires_grad_(False)
+    return Judge("fashion classifier", classifier.features, classifier.FEATURES, classifier)

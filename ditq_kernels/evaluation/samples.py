@@ -83,6 +83,12 @@ def _agree(request: Request, directory: Path) -> None:
     os.replace(beside, path)  # by whichever process comes last; all write the same
 
 
+def missing(request: Request, directory: Path, process: int = 0, processes: int = 1) -> list[slice]:
+    """The batches of this process's share that ``directory`` lacks."""
+    mine = list(request.batches())[process::processes]
+    return [batch for batch in mine if not request.path(directory, batch).exists()]
+
+
 def draw(
     request: Request,
     model: nn.Module,
@@ -108,10 +114,9 @@ def draw(
     from ..integrations.sampling import sample
 
     _agree(request, directory)
-    mine = list(request.batches())[process::processes]
-    missing = [batch for batch in mine if not request.path(directory, batch).exists()]
+    wanted = missing(request, directory, process, processes)
     labels, seeds = request.labels, request.seeds
-    for batch in tqdm(missing, desc=request.model, unit="batch", file=sys.stderr, leave=False, disable=not progress):
+    for batch in tqdm(wanted, desc=directory.name, unit="batch", file=sys.stderr, leave=False, disable=not progress):
         samples = sample(
             model,
             scheduler,
@@ -128,7 +133,7 @@ def draw(
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
-    return len(missing)
+    return len(wanted)
 
 
 def load(request: Request, directory: Path) -> torch.Tensor:
@@ -141,9 +146,9 @@ def load(request: Request, directory: Path) -> torch.Tensor:
 
     _agree(request, directory)
     paths = [request.path(directory, batch) for batch in request.batches()]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} of {len(paths)} batches, {missing[0]} the first; draw them")
+    lacking = [path.name for path in paths if not path.exists()]
+    if lacking:
+        raise ValueError(f"{directory} lacks {len(lacking)} of {len(paths)} batches, {lacking[0]} the first; draw them")
     return torch.cat([load_file(path)["samples"] for path in paths])
 
 

@@ -1,0 +1,111 @@
+"""``ditq evaluate`` on the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Judge
+
+
+def _processes() -> tuple[int, int, Callable[[], Any]]:
+    """(this process, how many, a barrier), as ``accelerate launch`` started them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.process_index, state.num_processes, state.wait_for_everyone
+
+
+def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], Judge | None]) -> int:
+    from tqdm import tqdm
+
+    from .. import __version__
+    from ..integrations.diffusers import load_source
+    from ..integrations.sampling import default_scheduler, save_grid
+    from . import report
+    from .run import Evaluation, Settings, variants
+    from .samples import save_for_other_evaluators
+
+    wanted = list(variants(args.schemes))
+    source = load_source(args.source, device=device)
+    name = type(source.transformer).__name__
+    if name != "DiTTransformer2DModel":
+        raise ValueError(f"this command samples only DiTTransformer2DModel, and {args.source} holds a {name}")
+    source.transformer.float()
+    process, processes, wait = _processes()
+    settings = Settings(args.samples, args.steps, args.guidance, min(args.batch, args.samples), args.seed)
+    judge = judge_of(source.transformer)
+    scheduler = source.scheduler or default_scheduler()
+    where = args.out / "samples"
+    evaluation = Evaluation(source.transformer, scheduler, str(args.source), settings, where, judge, process, processes)
+    for variant in tqdm(wanted, desc="draw", unit="model", disable=process > 0):
+        evaluation.draw(variant)
+    wait()
+    if process > 0:
+        return 0
+    rows = [evaluation.row(variant) for variant in tqdm(wanted, desc="judge", unit="model")]
+    about = dict(
+        source=str(args.source),
+        samples=args.samples,
+        steps=args.steps,
+        guidance=args.guidance,
+        seed=args.seed,
+        judge=judge and judge.name,
+        ditq_kernels=__version__,
+    )
+    report.write_json(rows, about, args.out / "results.json")
+    report.draw_steps(rows, args.out / "steps.png")
+    columns = min(10, args.samples)
+    drawn = [evaluation.samples(variant) for variant in wanted]
+    if source.vae is None and source.transformer.config.in_channels in (1, 3):
+        save_grid(report.grid(drawn, columns), columns, args.out / "pictures.png")
+        if args.npz:
+            for variant, pictures in zip(wanted, drawn, strict=True):
+                path = args.out / f"{evaluation.folder(variant).name}.npz"
+                save_for_other_evaluators(pictures, evaluation.request(variant).labels, path)
+    print(report.table(rows, judge and judge.name))
+    print("\nthe rows of pictures.png are those above")
+    print("  ".join(str(args.out / name) for name in ("results.json", "pictures.png", "steps.png")))
+    return 0
+
+
+def add_commands(
+    command: Callable[..., argparse.ArgumentParser],
+    device_of: Callable[[str | None], str],
+    count: Callable[[str], int],
+    seed: Callable[[str], int],
+    judge_of: Callable[[Any], Judge | None],
+) -> None:
+    """Add the command by ``command(name, run, help, examples)``.
+
+    Args:
+        device_of: the device's name that ``--device`` means.
+        count, seed: parse a positive whole number, and a seed.
+        judge_of: the classifier for a model's pictures, if there is one.
+    """
+    evaluate = command(
+        "evaluate",
+        lambda args: _evaluate(args, device_of(args.device), judge_of),
+        "draw many pictures with the original and with every scheme, and compare them, with the noise floor beside",
+        "  ditq evaluate ./DiT-XL-2-256 --schemes w8a8 w4a8_g128 --samples 500 --out ./evaluation\n"
+        "  accelerate launch --num_processes 2 -m ditq_kernels evaluate SRC --samples 5000 --out ./evaluation",
+    )
+    evaluate.add_argument("source", metavar="SRC", help="directory of a model or pipeline, or a hub name (owner/name)")
+    evaluate.add_argument(
+        "--out", type=Path, required=True, help="directory; samples that it holds already are not drawn again"
+    )
+    evaluate.add_argument(
+        "--schemes", nargs="+", metavar="SCHEME", default=["w8a8", "w8a8_static", "w4a8_g128"], help="what to compare"
+    )
+    evaluate.add_argument("--samples", type=count, default=100, help="pictures of each (default: %(default)s)")
+    evaluate.add_argument("--steps", type=count, default=50, help="sampling steps (default: %(default)s)")
+    evaluate.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    evaluate.add_argument("--batch", type=count, default=50, help="pictures drawn at once (default: %(default)s)")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of the first picture (default: %(default)s)")
+    evaluate.add_argument("--npz", action="store_true", help="also write the pictures as other evaluators read them")

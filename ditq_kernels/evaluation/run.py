@@ -1,0 +1,271 @@
+"""An evaluation: the original, its noise floor, and what schemes make of it, on the same seeds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..calibration import Calibration, calibrate
+from ..conversion import quantize, quantized_layers
+from ..formats import Scheme
+from . import samples as on_disk
+from .metrics import classifier_score, difference, frechet_distance, interval
+from .samples import Request
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+CALIBRATION_SEED = 50_000_000  # far from the seeds that are compared
+OTHER_SEEDS = 10_000_000  # the first of the original's other seeds
+TRAJECTORY_PICTURES = 8
+ROUNDINGS = ("nearest", "compensated")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn of every model.
+
+    Attributes:
+        pictures: of each; steps, guidance, batch: of the sampler.
+        calibration_pictures, step: of the run that calibrates, and the position in it.
+    """
+
+    pictures: int
+    steps: int = 50
+    guidance: float = 2.0
+    batch: int = 50
+    first_seed: int = 0
+    calibration_pictures: int = 10
+    step: float = 0.5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model to evaluate: the original in a dtype, or a scheme with a way to round."""
+
+    name: str
+    scheme: str | None = None
+    rounding: str = "nearest"
+    dtype: torch.dtype = torch.float32
+    other_seeds: bool = False
+
+
+ORIGINAL = Variant("original")
+NOISE_FLOOR = (Variant("original, other seeds", other_seeds=True), Variant("original, bf16", dtype=torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier of the pictures.
+
+    Attributes:
+        name: as measures made with it are called.
+        features: pictures to [B, num_features]; logits: pictures to [B, classes].
+    """
+
+    name: str
+    features: Callable[[torch.Tensor], torch.Tensor]
+    num_features: int
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant came out as. Differences are to the original's pictures of the same seeds; for other seeds they
+    say what a different picture of the same class is.
+
+    Attributes:
+        psnr_db: mean over pictures, with a 95 % bootstrap interval; psnr_worst_db: of the worst picture.
+        relative_l2_by_step: of the first few pictures, after each sampling step.
+        frechet: Fréchet distance, by the judge's features, from the original's pictures of other seeds.
+        score: the judge's score (the inception score's formula); accuracy: share that it gives their class.
+        bits_per_weight: of the quantized layers, scales included.
+    """
+
+    name: str
+    scheme: str | None
+    rounding: str | None
+    psnr_db: float | None
+    psnr_interval_db: tuple[float, float] | None
+    psnr_worst_db: float | None
+    ssim: float | None
+    relative_l2: float | None
+    relative_l2_by_step: list[float] | None
+    frechet: float | None
+    score: float | None
+    accuracy: float | None
+    bits_per_weight: float | None
+
+
+def variants(schemes: Sequence[str]) -> Iterator[Variant]:
+    """The original, its noise floor, and each scheme; 4-bit ones also with compensated rounding."""
+    yield ORIGINAL
+    yield from NOISE_FLOOR
+    for name in schemes:
+        scheme = Scheme.parse(name)
+        for rounding in ROUNDINGS if scheme.weight.bits == 4 else ROUNDINGS[:1]:
+            shown = scheme.name if rounding == "nearest" else f"{scheme.name} {rounding}"
+            yield Variant(shown, scheme.name, rounding)
+
+
+def trajectory(
+    model: nn.Module, scheduler: SchedulerMixin, settings: Settings, classes: int, seed: int
+) -> list[torch.Tensor]:
+    """fp32 samples [pictures, C, H, W] after each step, of the first few pictures."""
+    from ..integrations.sampling import sample
+
+    count = min(TRAJECTORY_PICTURES, settings.pictures)
+    seen: list[torch.Tensor] = []
+    labels, seeds = [index % classes for index in range(count)], [seed + index for index in range(count)]
+    sample(
+        model,
+        scheduler,
+        labels,
+        seeds,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        progress=False,
+        after_step=lambda x: seen.append(x.float().cpu()),
+    )
+    return seen
+
+
+class Evaluation:
+    """Draws and judges variants of one model.
+
+    Args:
+        model: the original, in fp32; it is left as it was.
+        source: what it is called in the samples' settings.
+        directory: where the samples lie, a folder for each variant; what is there already is not drawn again.
+        process, processes: this process, of how many that share the drawing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: SchedulerMixin,
+        source: str,
+        settings: Settings,
+        directory: Path,
+        judge: Judge | None = None,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.model, self.scheduler, self.source, self.settings = model, scheduler, source, settings
+        self.directory, self.judge, self.process, self.processes = directory, judge, process, processes
+        self.classes = model.config.num_embeds_ada_norm
+        self._calibrations: dict[bool, Calibration] = {}
+        self._last: tuple[Variant, nn.Module] | None = None
+
+    def calibration(self, moments: bool) -> Calibration:
+        """From one step, of pictures that are not compared."""
+        from ..integrations.sampling import sample
+
+        if moments not in self._calibrations:
+            count, settings = self.settings.calibration_pictures, self.settings
+            labels = [index % self.classes for index in range(count)]
+            seeds = [CALIBRATION_SEED + index for index in range(count)]
+
+            def run() -> None:
+                sample(
+                    self.model,
+                    self.scheduler,
+                    labels,
+                    seeds,
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    progress=False,
+                )
+
+            self._calibrations[moments] = calibrate(self.model, run, settings.step, moments=moments)
+        return self._calibrations[moments]
+
+    def variant_model(self, variant: Variant) -> nn.Module:
+        """A copy of the original, as ``variant`` says; the last one made is kept."""
+        if self._last is not None and self._last[0] == variant:
+            return self._last[1]
+        self._last = None  # before the next one takes its memory
+        model = copy.deepcopy(self.model)
+        nn.Module.to(model, variant.dtype)
+        if variant.scheme is not None:
+            compensated = variant.rounding == "compensated"
+            needed = Scheme.parse(variant.scheme).static or compensated
+            calibration = self.calibration(compensated) if needed else None
+            quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
+        self._last = variant, model
+        return model
+
+    def request(self, variant: Variant) -> Request:
+        """What is drawn of ``variant``."""
+        settings = self.settings
+        return Request(
+            model=f"{self.source}: {variant.name}",
+            classes=self.classes,
+            count=settings.pictures,
+            first_seed=settings.first_seed + (OTHER_SEEDS if variant.other_seeds else 0),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch=settings.batch,
+        )
+
+    def folder(self, variant: Variant) -> Path:
+        """Where its samples lie."""
+        return self.directory / "".join(c if c.isalnum() or c == "_" else "-" for c in variant.name)
+
+    def draw(self, variant: Variant) -> int:
+        """Draw what is missing of this process's share; how many batches."""
+        request, folder = self.request(variant), self.folder(variant)
+        share = dict(process=self.process, processes=self.processes)
+        if not on_disk.missing(request, folder, **share):
+            return 0
+        return on_disk.draw(request, self.variant_model(variant), self.scheduler, folder, **share)
+
+    def samples(self, variant: Variant) -> torch.Tensor:
+        """All samples of ``variant``; they must have been drawn."""
+        return on_disk.load(self.request(variant), self.folder(variant))
+
+    def row(self, variant: Variant) -> Row:
+        """Judge what was drawn of ``variant``, and of the original and its other seeds."""
+        drawn, original = self.samples(variant), self.samples(ORIGINAL)
+        found = None if variant == ORIGINAL else difference(drawn, original)
+        model = self.variant_model(variant)
+        layers = quantized_layers(model).values()
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        return Row(
+            name=variant.name,
+            scheme=variant.scheme,
+            rounding=variant.rounding if variant.scheme else None,
+            psnr_db=None if found is None else float(found.psnr_db.mean()),
+            psnr_interval_db=None if found is None or len(drawn) < 2 else interval(found.psnr_db),
+            psnr_worst_db=None if found is None else float(found.psnr_db.min()),
+            ssim=None if found is None else float(found.ssim.mean()),
+            relative_l2=None if found is None else found.relative_l2,
+            relative_l2_by_step=None if found is None else self._by_step(variant, model),
+            bits_per_weight=8 * sum(layer.nbytes for layer in layers) / weights if weights else None,
+            **self._judged(drawn, variant),
+        )
+
+    def _by_step(self, variant: Variant, model: nn.Module) -> list[float]:
+        settings, seed = self.settings, self.request(variant).first_seed
+        changed = trajectory(model, self.scheduler, settings, self.classes, seed)
+        original = trajectory(self.model, self.scheduler, settings, self.classes, settings.first_seed)
+        return [float((x - y).norm() / y.norm()) for x, y in zip(changed, original, strict=True)]
+
+    def _judged(self, drawn: torch.Tensor, variant: Variant) -> dict[str, float | None]:
+        if self.judge is None:
+            return dict(frechet=None, score=None, accuracy=None)
+        reference = self.samples(ORIGINAL if variant.other_seeds else NOISE_FLOOR[0])
+        features, count = self.judge.features, self.judge.num_features
+        logits = torch.cat([self.judge.logits(batch) for batch in drawn.split(500)])
+        labels = torch.tensor(self.request(variant).labels)
+        return dict(
+            frechet=frechet_distance(drawn, reference, features, count) if len(drawn) > count else None,
+            score=classifier_score([logits.softmax(1)]),
+            accuracy=float((logits.argmax(1) == labels).double().mean()),
+        )

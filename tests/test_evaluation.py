@@ -1,0 +1,126 @@
+"""An evaluation of a small model: what is drawn, what stands in a row, and the command, on one process and on two."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_sources import small_dit
+
+from ditq_kernels import cli
+from ditq_kernels.evaluation import report
+from ditq_kernels.evaluation.run import NOISE_FLOOR, ORIGINAL, Evaluation, Judge, Row, Settings, Variant, variants
+from ditq_kernels.integrations.sampling import default_scheduler
+
+SETTINGS = Settings(pictures=5, steps=3, batch=2, calibration_pictures=3)
+COMPENSATED = Variant("w4a8_g32 compensated", "w4a8_g32", "compensated")
+# Two features, so that five pictures are enough for a covariance.
+JUDGE = Judge(
+    "brightness", lambda x: torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1), 2, lambda x: x.flatten(1)[:, :3]
+)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    model = small_dit(heads=4, head_dim=32)
+    found = Evaluation(
+        model, default_scheduler(), "small", SETTINGS, tmp_path_factory.mktemp("evaluation") / "samples", JUDGE
+    )
+    for variant in (ORIGINAL, *NOISE_FLOOR, Variant("w8a8_static", "w8a8_static"), COMPENSATED):
+        assert found.draw(variant) == 3
+    return found
+
+
+def test_what_is_evaluated():
+    assert [variant.name for variant in variants(["w8a8", "w4a16_g64"])] == [
+        "original",
+        "original, other seeds",
+        "original, bf16",
+        "w8a8",
+        "w4a16_g64",
+        "w4a16_g64 compensated",
+    ]
+    with pytest.raises(ValueError, match="unknown scheme"):
+        list(variants(["w3a8"]))
+
+
+def test_nothing_is_drawn_twice(evaluation):
+    assert evaluation.draw(COMPENSATED) == 0
+
+
+def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evaluation):
+    rows = {v.name: evaluation.row(v) for v in (ORIGINAL, *NOISE_FLOOR, COMPENSATED)}
+    original, other, half, quantized = rows.values()
+    assert original.psnr_db is None and original.relative_l2_by_step is None and original.bits_per_weight is None
+    assert other.psnr_db < quantized.psnr_db < half.psnr_db
+    assert quantized.psnr_interval_db[0] < quantized.psnr_db < quantized.psnr_interval_db[1]
+    assert quantized.psnr_worst_db < quantized.psnr_db and 4 < quantized.bits_per_weight < 6
+    assert len(quantized.relative_l2_by_step) == SETTINGS.steps
+    # The trajectory is of all five pictures: it ends in the result, but for sums in batches of another size.
+    assert quantized.relative_l2_by_step[-1] == pytest.approx(quantized.relative_l2, rel=1e-2)
+    # The distance is symmetric: the original from other seeds, and these from the original.
+    assert original.frechet == pytest.approx(other.frechet, rel=1e-6) and original.frechet > 0
+
+
+def test_too_few_pictures_for_a_covariance_have_no_distance(evaluation):
+    many = Judge("many features", lambda x: x.flatten(1), 64, JUDGE.logits)
+    few = Evaluation(evaluation.model, evaluation.scheduler, "small", SETTINGS, evaluation.directory, many)
+    assert few.row(ORIGINAL).frechet is None
+
+
+def test_the_original_is_left_as_it_was(evaluation):
+    assert {parameter.dtype for parameter in evaluation.model.parameters()} == {torch.float32}
+    again = Evaluation(small_dit(heads=4, head_dim=32), evaluation.scheduler, "small", SETTINGS, evaluation.directory)
+    for mine, theirs in zip(again.model.parameters(), evaluation.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_results_are_strict_json():
+    row = Row("same", "w8a8", "nearest", math.inf, (math.inf, math.inf), 1.0, 1.0, 0.0, [0.0], None, None, None, 8.1)
+    content = json.loads(json.dumps(report.as_json([row], dict(seed=0)), allow_nan=False))
+    assert content["rows"][0]["psnr_db"] is None and content["rows"][0]["psnr_interval_db"] == [None, None]
+    assert "inf" in report.table([row], None) and "(inf" not in report.table([row], None)
+
+
+QUICK = ("--samples", "4", "--steps", "2", "--batch", "2", "--schemes", "w8a8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("source") / "model"
+    small_dit().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluated(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "one"
+    assert cli.main(["evaluate", str(source), "--out", str(out), "--npz", *QUICK]) == 0
+    return out
+
+
+def test_on_the_command_line_again_and_with_other_settings(source, evaluated, capsys):
+    names = {path.name for path in evaluated.iterdir()}
+    assert {"results.json", "pictures.png", "steps.png", "w8a8.npz", "samples"} <= names
+    before = (evaluated / "results.json").read_text()
+    assert cli.main(["evaluate", str(source), "--out", str(evaluated), *QUICK]) == 0
+    assert (evaluated / "results.json").read_text() == before and "original, bf16" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(source), "--out", str(evaluated), *QUICK, "--seed", "7"]) == 2
+    assert "holds samples with first_seed = 0, and 7 is asked for" in capsys.readouterr().err
+
+
+def test_two_processes_draw_the_same_pictures(source, evaluated, tmp_path):
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ditq_kernels"]
+    command = [sys.executable, "-m", *launch, "evaluate", str(source), "--out", str(tmp_path / "two"), *QUICK]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("original, bf16") == 1
+    one, two = (json.loads((out / "results.json").read_text()) for out in (evaluated, tmp_path / "two"))
+    assert [row["name"] for row in one["rows"]] == [row["name"] for row in two["rows"]]
+    for mine, theirs in zip(one["rows"][1:], two["rows"][1:], strict=True):
+        # Fewer threads add in another order.
+        assert mine["relative_l2"] == pytest.approx(theirs["relative_l2"], rel=1e-2)
