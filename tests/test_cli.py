@@ -295,3 +295,9 @@ def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         save_quantized(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -u -m ditq_kernels env | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("ditq_kernels") and result.stderr == "" and result.returncode == 0
