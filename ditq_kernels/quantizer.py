@@ -8,7 +8,7 @@ to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,27 +61,35 @@ class Grid:
         return (torch.round(w / step) + zero).clamp(self.low, self.high)
 
 
-# A range rule maps a group's largest excursions above and below zero (a, b >= 0) to (step, zero point).
-RangeRule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# A range rule maps a group's largest excursions above and below zero (a, b >= 0) and the largest of the codes 0 .. h to
+# (step, zero point).
+RangeRule = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _symmetric(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.maximum(above, below) / 7, torch.full_like(above, 8)
+def _symmetric(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.maximum(above, below) / (high // 2), torch.full_like(above, high // 2 + 1)
 
 
-def _eighth_level(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _eighth_level(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
     # Sixteen codes around zero leave one level over: the side that reaches further gets it.
+    fewer, more = float(high // 2), float(high // 2 + 1)
     downwards = below >= above
-    step = torch.where(downwards, torch.maximum(below / 8, above / 7), torch.maximum(above / 8, below / 7))
-    return step, torch.where(downwards, 8.0, 7.0)
+    step = torch.where(
+        downwards, torch.maximum(below / more, above / fewer), torch.maximum(above / more, below / fewer)
+    )
+    return step, torch.where(downwards, more, fewer)
 
 
-def _free_zero_point(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    step = (above + below) / CODE4_MAX
-    zero = torch.round(below / _positive(step)).clamp(0, CODE4_MAX)
+def _free_zero_point(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    step = (above + below) / high
+    zero = torch.round(below / _positive(step)).clamp(0, high)
     # Rounding the zero point shifts the grid by up to half a step; widen the step until both ends are inside again.
-    step = torch.maximum(above / (CODE4_MAX - zero).clamp(min=1), below / zero.clamp(min=1))
+    step = torch.maximum(above / (high - zero).clamp(min=1), below / zero.clamp(min=1))
     return step, zero
+
+
+def _symmetric_int8(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.maximum(above, below) / high, torch.zeros_like(above)
 
 
 ZERO_POINT_RULES: dict[str, tuple[RangeRule, ...]] = {
@@ -90,6 +98,7 @@ ZERO_POINT_RULES: dict[str, tuple[RangeRule, ...]] = {
     "free": (_free_zero_point,),
     "best": (_eighth_level, _free_zero_point),  # per group, the one with the smaller squared error
 }
+INT8_RULES: tuple[RangeRule, ...] = (_symmetric_int8,)
 DEFAULT_ZERO_POINT = "eighth_level"
 
 
@@ -105,15 +114,16 @@ def _squared_error(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor,
     return (groups - (codes - zero) * step).square().sum(-1)
 
 
-def _fit_ranges(
-    groups: torch.Tensor, rules: tuple[RangeRule, ...], clip: float | str | None, low: int, high: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(step, zero), each [N, groups]: of all rules and clip ratios the one with the smallest squared error; the first
-    of equals.
+def fit_grid(
+    w: torch.Tensor, group: int, rules: tuple[RangeRule, ...], clip: float | str | None, low: int, high: int
+) -> Grid:
+    """The grid of fp32 ``w`` [N, K] in groups of ``group``, with codes ``low`` .. ``high``: for each group, of all
+    ``rules`` and clip ratios the one with the smallest squared error; the first of equals.
     """
+    groups = _split_groups(w, group)
     above, below = groups.amax(-1).clamp(min=0), (-groups.amin(-1)).clamp(min=0)
     ratios = CLIP_RATIOS if clip == "search" else (1.0 if clip is None else float(clip),)
-    candidates = [rule(above * ratio, below * ratio) for ratio in ratios for rule in rules]
+    candidates = [rule(above * ratio, below * ratio, high) for ratio in ratios for rule in rules]
     step, zero = candidates[0]
     if len(candidates) > 1:
         error = _squared_error(groups, step, zero, low, high)
@@ -122,27 +132,33 @@ def _fit_ranges(
             better = other < error
             error = torch.where(better, other, error)
             step, zero = torch.where(better, other_step, step), torch.where(better, other_zero, zero)
-    return step, zero
+    return Grid(step, zero, low, high, group)
 
 
-def _symmetric_int8(above: torch.Tensor, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.maximum(above, below) / INT8_MAX, torch.zeros_like(above)
-
-
-def _two_level(groups: torch.Tensor, step: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale [N], multiplier [N, groups]): the channel scale that lets every group reach its step, and per group the
-    multiplier that suits it.
+def to_two_levels(grid: Grid, w: torch.Tensor) -> tuple[Grid, torch.Tensor, torch.Tensor]:
+    """``grid`` with steps that two-level groups can store, and (scale [N], multiplier [N, groups]): the channel scale
+    that lets every group reach its step, and per group the multiplier that suits it.
 
     A step between two multiples of the scale is rounded up (no weight is clipped) or down (finer steps, the extremes
-    clipped), by squared error.
+    clipped), by squared error on ``w`` [N, K].
     """
+    step, zero, groups = grid.step, grid.zero, _split_groups(w, grid.group)
     limits = torch.tensor([float(largest_multiplier(z)) for z in range(CODE4_MAX + 1)], device=step.device)[zero.long()]
     scale = (step / limits).amax(1)
     wanted = step / _positive(scale).unsqueeze(1)
     up = torch.minimum(wanted.ceil().clamp(min=1), limits)
     down = wanted.floor().clamp(min=1)
     errors = [_squared_error(groups, scale.unsqueeze(1) * m, zero, 0, CODE4_MAX) for m in (up, down)]
-    return scale, torch.where(errors[1] < errors[0], down, up)
+    multiplier = torch.where(errors[1] < errors[0], down, up)
+    return replace(grid, step=scale.unsqueeze(1) * multiplier), scale, multiplier
+
+
+def round_to(grid: Grid, w: torch.Tensor, input_moment: torch.Tensor | None = None) -> torch.Tensor:
+    """Codes, as fp32 [N, K], of ``w`` [N, K]: to nearest, or error-compensated for ``input_moment`` [K, K]."""
+    if input_moment is not None:
+        return _compensated_codes(w, grid, input_moment)
+    codes = grid.nearest(_split_groups(w, grid.group), _positive(grid.step).unsqueeze(-1), grid.zero.unsqueeze(-1))
+    return codes.flatten(1)[:, : w.shape[1]]
 
 
 def _split_groups(w: torch.Tensor, group: int) -> torch.Tensor:
@@ -245,21 +261,13 @@ def quantize_weight(
     _check(weight, fmt, input_moment, clip, zero_point)
     w = weight.detach().to(torch.float32)
     group = fmt.group or w.shape[1]
-    groups = _split_groups(w, group)
     if fmt.two_level:
-        low, high = 0, CODE4_MAX
-        step, zero = _fit_ranges(groups, ZERO_POINT_RULES[zero_point], clip, low, high)
-        scale, multiplier = _two_level(groups, step, zero)
-        step = scale.unsqueeze(1) * multiplier
-        parameters = (multiplier.T.contiguous().to(torch.uint8), zero.T.contiguous().to(torch.uint8))
+        grid = fit_grid(w, group, ZERO_POINT_RULES[zero_point], clip, 0, CODE4_MAX)
+        grid, scale, multiplier = to_two_levels(grid, w)
+        parameters = (multiplier.T.contiguous().to(torch.uint8), grid.zero.T.contiguous().to(torch.uint8))
     else:
-        low, high = -INT8_MAX, INT8_MAX
-        step, zero = _fit_ranges(groups, (_symmetric_int8,), clip, low, high)
-        scale = step.T.contiguous() if fmt.promoted else step[:, 0].contiguous()
+        grid = fit_grid(w, group, INT8_RULES, clip, -INT8_MAX, INT8_MAX)
+        scale = grid.step.T.contiguous() if fmt.promoted else grid.step[:, 0].contiguous()
         parameters = (None, None)
-    grid = Grid(step, zero, low, high, group)
-    if input_moment is None:
-        codes = grid.nearest(groups, _positive(step).unsqueeze(-1), zero.unsqueeze(-1)).flatten(1)[:, : w.shape[1]]
-    else:
-        codes = _compensated_codes(w, grid, input_moment)
+    codes = round_to(grid, w, input_moment)
     return QuantizedWeight(codes.to(torch.uint8 if fmt.two_level else torch.int8), scale, *parameters)
