@@ -9,6 +9,7 @@ from .formats import SCHEMES, Scheme
 from .linear import QuantLinear
 from .ops import quantize_activation
 from .planning import Plan, PlanEntry, plan
+from .smoothing import smooth
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,6 @@ __all__ = [
     "quantize",
     "quantize_activation",
     "save",
+    "smooth",
     "use_backend",
 ]

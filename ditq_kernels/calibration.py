@@ -20,6 +20,7 @@ from .observation import Observer, count_calls, linear_layers, observe_calls
 
 FORMAT = "ditq-calibration"
 VERSION = 1
+CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
 
 @dataclass(eq=False)
@@ -35,6 +36,7 @@ class Calibration:
         amax: largest input magnitude of each layer that was called in the step.
         moments: fp32 [K, K], the sum of ``x x^T`` over the step's tokens; layers fed the same input share one tensor.
         tokens: rows that each layer was fed.
+        channel_amax: fp32 [K], the largest magnitude of each of a layer's input channels, whatever ``percentile`` is.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Calibration:
     amax: dict[str, float] = field(default_factory=dict)
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    channel_amax: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""
@@ -76,6 +79,7 @@ class Calibration:
                 stored[id(moment)] = f"moment.{len(stored)}"
                 tensors[stored[id(moment)]] = moment.contiguous()
             moment_of[name] = stored[id(moment)]
+        tensors |= {CHANNEL_AMAX + name: channels.contiguous() for name, channels in self.channel_amax.items()}
         record = {
             "model": self.model,
             "in_features": self.in_features,
@@ -124,7 +128,12 @@ class Calibration:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
                 moment_of = json.loads(header["moments"])
                 moments = {name: tensors[key] for name, key in moment_of.items()}
-                return cls(**json.loads(header["calibration"]), moments=moments)
+                channels = {
+                    key.removeprefix(CHANNEL_AMAX): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith(CHANNEL_AMAX)
+                }
+                return cls(**json.loads(header["calibration"]), moments=moments, channel_amax=channels)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a calibration file, or is damaged: {error}") from None
 
@@ -207,6 +216,7 @@ def calibrate(
         observer.amax,
         observer.moments,
         observer.tokens,
+        observer.channel_amax,
     )
 
 

@@ -119,13 +119,16 @@ def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: i
 
 
 class Observer:
-    """Collects what layers are fed: largest magnitudes, tokens and, for those in ``moment_names``, second moments."""
+    """Collects what layers are fed: largest magnitudes, of all and by channel, tokens and, for those in
+    ``moment_names``, second moments.
+    """
 
     def __init__(self, percentile: float | None, moment_names: Collection[str]) -> None:
         self.percentile = percentile
         self.moment_names = frozenset(moment_names)
         self.amax: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
+        self.channel_amax: dict[str, torch.Tensor] = {}
         self.moments: dict[str, torch.Tensor] = {}
         self._input: torch.Tensor | None = None
         self._contribution: torch.Tensor | None = None
@@ -149,6 +152,9 @@ class Observer:
             )
         self.amax[name] = max(self.amax.get(name, 0.0), largest_magnitude(x, self.percentile))
         self.tokens[name] = self.tokens.get(name, 0) + x.numel() // x.shape[-1]
+        channels = x.abs().reshape(-1, x.shape[-1]).amax(0).to("cpu", torch.float32)
+        before = self.channel_amax.get(name)
+        self.channel_amax[name] = channels if before is None else torch.maximum(before, channels)
         if name in self.moment_names:
             self._add_moment(name, x)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from .budget import Option, allocate, alternatives, rounding_error
 from .formats import Scheme
 from .observation import linear_layers
 from .packing import LAYOUTS
 from .plan_table import plan_table
 from .recipes import recipe_for
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 BY_HAND = "set by hand"
 
@@ -172,12 +177,30 @@ class Plan:
         return cls.from_dict(json.loads(text))
 
 
-def plan(model: nn.Module, scheme: str | Scheme) -> Plan:
+def plan(
+    model: nn.Module,
+    scheme: str | Scheme = "w4a8_g128",
+    *,
+    budget_bits: float | None = None,
+    calibration: Calibration | None = None,
+    errors: Mapping[str, Mapping[str, float]] | None = None,
+) -> Plan:
     """What :func:`ditq_kernels.conversion.quantize` would do to ``model``, by its class's recipe or the general one.
+
+    With a budget, each layer that the recipe quantizes gets, of the weight formats :data:`ditq_kernels.budget.WEIGHTS`,
+    the one that makes the sum of the layers' errors least; its activations are those of ``scheme``.
+
+    Args:
+        budget_bits: stored bits per weight, scales included, over the layers quantized.
+        calibration: with second moments: a layer's error is then the relative noise of its output, and without one that
+            of its weight.
+        errors: the errors themselves, by layer and scheme, such as
+            :func:`ditq_kernels.analysis.sensitivity.squared_errors` gives; in place of ``calibration``.
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: for an unknown scheme, or a model that has no linear layer left to quantize.
+        ValueError: for an unknown scheme, a model that has no linear layer left to quantize, a budget below what the
+            smallest formats take, or errors that lack a layer or scheme.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
@@ -202,7 +225,47 @@ def plan(model: nn.Module, scheme: str | Scheme) -> Plan:
         entries.append(
             PlanEntry(name, _name(wanted), reason, layer.in_features, layer.out_features, fixed=bool(obstacle))
         )
-    return Plan(type(model).__name__, scheme.name, entries)
+    chosen = Plan(type(model).__name__, scheme.name, entries)
+    if budget_bits is None:
+        if calibration is not None or errors is not None:
+            raise ValueError("a calibration or errors choose among formats under a budget; give budget_bits too")
+        return chosen
+    moments = {} if calibration is None else calibration.moments
+    if calibration is not None and not moments:
+        raise ValueError("the calibration has no second moments; calibrate with moments=True")
+    _spend(chosen, layers, budget_bits, moments, errors)
+    return chosen
+
+
+def _spend(
+    chosen: Plan,
+    layers: Mapping[str, nn.Linear],
+    budget_bits: float,
+    moments: Mapping[str, torch.Tensor],
+    errors: Mapping[str, Mapping[str, float]] | None,
+) -> None:
+    """Give every quantized layer of ``chosen`` what the budget has for it."""
+    options: dict[str, list[Option]] = {}
+    for entry in chosen.quantized():
+        names = [name for name in alternatives(Scheme.parse(entry.scheme)) if not _too_narrow(entry.in_features, name)]
+        for name in names:
+            if errors is None:
+                error = rounding_error(layers[entry.name], name, moments.get(entry.name))
+            elif name in errors.get(entry.name, {}):
+                error = errors[entry.name][name]
+            else:
+                raise ValueError(f"errors has no {name} for {entry.name}; measure that layer in that scheme, too")
+            options.setdefault(entry.name, []).append(Option(name, replace(entry, scheme=name).stored_bits, error))
+    weights = sum(entry.weights for entry in chosen.quantized())
+    try:
+        found = allocate(options, budget_bits * weights)
+    except ValueError:
+        least = sum(min(option.bits for option in of_layer) for of_layer in options.values()) / weights
+        raise ValueError(
+            f"no plan has {budget_bits} bits per weight; the smallest formats take {least:.2f}, scales included"
+        ) from None
+    for name, option in found.items():
+        chosen.set(name, option.scheme, f"{chosen[name].reason}; {Scheme.parse(option.scheme).weight.name} by budget")
 
 
 def obstacle_to(layer: nn.Module) -> str | None:
@@ -219,7 +282,8 @@ def _name(scheme: Scheme | None) -> str | None:
     return None if scheme is None else scheme.name
 
 
-def _too_narrow(in_features: int, scheme: Scheme) -> bool:
+def _too_narrow(in_features: int, scheme: str | Scheme) -> bool:
+    scheme = Scheme.parse(scheme)
     return scheme.weight.group is not None and scheme.weight.group > in_features
 
 

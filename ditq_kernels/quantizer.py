@@ -60,6 +60,11 @@ class Grid:
         """Codes, as fp32, of the stored values nearest to ``w``; ties to even."""
         return (torch.round(w / step) + zero).clamp(self.low, self.high)
 
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, K]: what ``codes`` [N, K] stand for."""
+        step, zero = self.columns(torch.arange(codes.shape[1], device=codes.device))
+        return (codes - zero) * step
+
 
 # A range rule maps a group's largest excursions above and below zero (a, b >= 0) and the largest of the codes 0 .. h to
 # (step, zero point).

@@ -14,7 +14,10 @@ LAYERS = (
     ("backend",),
     ("ops",),
     ("linear",),
-    ("recipes", "observation", "plan_table", "planning", "calibration", "conversion", "manifest", "checkpoint"),
+    (
+        *("recipes", "observation", "plan_table", "planning", "budget"),
+        *("calibration", "smoothing", "conversion", "manifest", "checkpoint"),
+    ),
     ("integrations", "benchmark", "analysis", "evaluation", "environment"),
     ("demo",),
     ("cli", "__main__"),

@@ -276,7 +276,10 @@ def test_save_and_load_give_the_same_calibration(tmp_path):
     loaded = Calibration.load(tmp_path / "cal.safetensors")
     before, after = dict(vars(result)), dict(vars(loaded))
     moments, loaded_moments = before.pop("moments"), after.pop("moments")
+    channels, loaded_channels = before.pop("channel_amax"), after.pop("channel_amax")
     assert before == after
+    assert channels.keys() == loaded_channels.keys() and channels
+    assert all(torch.equal(channels[name], loaded_channels[name]) for name in channels)
     assert list(moments) == list(loaded_moments)
     assert all(torch.equal(moments[name], loaded_moments[name]) for name in moments)
     assert loaded_moments["blocks.0.to_q"] is loaded_moments["blocks.0.to_k"]

@@ -141,3 +141,13 @@ def draw_losses(
             replace_module(model, quantized, layer)
         drawn.setdefault(name, {})[asked] = Loss(losses[name][asked].snr_db, error)
     return drawn
+
+
+def squared_errors(losses: Losses, forms: Forms) -> dict[str, dict[str, float]]:
+    """By layer and the scheme that it was tried in: the squared error of the pictures, the layer alone quantized. What
+    ``ditq.plan(model, budget_bits=..., errors=...)`` takes.
+    """
+    return {
+        name: {forms[name][asked]: loss.picture_error**2 for asked, loss in of_layer.items() if loss.picture_error}
+        for name, of_layer in losses.items()
+    }

@@ -6,11 +6,11 @@ from torch import nn
 
 from .dit import DIT
 from .general import general_recipe
-from .rule import Recipe, Rule, Treatment
+from .rule import Fold, Recipe, Rule, Treatment
 
 RECIPES: dict[str, Recipe] = {recipe.architecture: recipe for recipe in (DIT,)}
 
-__all__ = ["RECIPES", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
+__all__ = ["RECIPES", "Fold", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
 
 
 def recipe_for(model: nn.Module) -> Recipe:

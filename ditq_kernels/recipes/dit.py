@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .rule import Recipe, Rule
+from .rule import Fold, Recipe, Rule
+
+_BLOCK = r"transformer_blocks\.\d+"
 
 DIT = Recipe(
     "DiTTransformer2DModel",
@@ -20,5 +22,12 @@ DIT = Recipe(
         ),
         Rule(r"transformer_blocks\.\d+\.attn1\.(to_[qkv]|to_out\.0)", "scheme", "attention product"),
         Rule(r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)", "scheme", "MLP product"),
+    ),
+    # The modulation's six parts: shift, gain and gate of the attention, then of the MLP. The MLP's second product is
+    # fed by GELU, through which nothing can be folded.
+    (
+        Fold(_BLOCK, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "norm1.linear", chunks=6, shift=0, gain=1),
+        Fold(_BLOCK, ("ff.net.0.proj",), "norm1.linear", chunks=6, shift=3, gain=4),
+        Fold(_BLOCK, ("attn1.to_out.0",), "attn1.to_v"),
     ),
 )

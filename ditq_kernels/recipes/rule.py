@@ -27,16 +27,39 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Where a division of layers' input channels can be folded, because a linear layer makes what they are fed.
+
+    Names are relative to a block. Of the producer's outputs, cut into ``chunks`` equal parts, part ``shift`` reaches
+    the consumers channel by channel; where there is a ``gain``, they are fed ``x * (1 + gain) + shift``.
+
+    Attributes:
+        block: a regular expression for the blocks' names.
+        consumers: linear layers that all are fed the same, and nothing else is.
+        producer: the linear layer.
+    """
+
+    block: str
+    consumers: tuple[str, ...]
+    producer: str
+    chunks: int = 1
+    shift: int = 0
+    gain: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The rules for one architecture, in order: the first that matches decides.
 
     Attributes:
         architecture: the name of the model's class.
         rules: a layer that none of them matches stays in 16 bits.
+        folds: what :func:`ditq_kernels.smoothing.smooth` can smooth.
     """
 
     architecture: str
     rules: tuple[Rule, ...]
+    folds: tuple[Fold, ...] = ()
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)

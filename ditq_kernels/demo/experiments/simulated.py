@@ -1,0 +1,54 @@
+"""Weights of any bit width, rounded as the library rounds and left in floating point: what formats that no kernel knows
+would do to the pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...quantizer import DEFAULT_ZERO_POINT, INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
+
+
+@dataclass(frozen=True)
+class WeightRounding:
+    """How weights are rounded.
+
+    Attributes:
+        bits: of a code, 2 to 8.
+        group: inputs per group; None: one group per output channel.
+        zero_point: a key of :data:`ditq_kernels.quantizer.ZERO_POINT_RULES`; 8 bits are symmetric.
+        two_level: whether the groups' steps are small multiples of one step per channel (4 bits only); else floats.
+        clip: as :func:`ditq_kernels.quantizer.quantize_weight` takes it.
+        compensated: whether errors are compensated for.
+    """
+
+    bits: int
+    group: int | None
+    zero_point: str = DEFAULT_ZERO_POINT
+    two_level: bool = False
+    clip: float | str | None = None
+    compensated: bool = False
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Stored bits: codes, and per group one byte (two-level) or an fp16 scale (and a code's bits for its zero
+        point, if that is free), or per channel an fp32 scale.
+        """
+        group = self.group or in_features
+        of_channel = 32 / in_features if self.two_level or self.group is None else 0
+        zero = self.bits if self.zero_point in ("free", "best", "eighth_level") and self.bits < 8 else 0
+        of_group = 8 / group if self.two_level else (16 + zero) / group if self.group else zero / group
+        return self.bits + of_group + of_channel
+
+    def apply(self, weight: torch.Tensor, moment: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 [N, K]: ``weight`` [N, K] after rounding; ``moment`` [K, K] for compensated rounding."""
+        w = weight.to(torch.float32)
+        if self.bits == 8:
+            rules, low, high = INT8_RULES, -127, 127
+        else:
+            rules, low, high = ZERO_POINT_RULES[self.zero_point], 0, 2**self.bits - 1
+        grid = fit_grid(w, self.group or w.shape[1], rules, self.clip, low, high)
+        if self.two_level:
+            grid, _, _ = to_two_levels(grid, w)
+        return grid.values(round_to(grid, w, moment if self.compensated else None))

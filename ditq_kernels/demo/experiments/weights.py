@@ -1,0 +1,47 @@
+"""Experiment b: how many bits weights need, in which groups, where their levels lie, and how they are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from torch import nn
+
+from .lab import Case, Lab
+from .simulated import WeightRounding
+
+GROUPS = (None, 128, 64, 32)
+RULES = ("symmetric", "eighth_level", "free", "best")
+
+
+def roundings() -> list[WeightRounding]:
+    """Every combination that is asked about, each once."""
+    wanted = [WeightRounding(8, group, zero_point="symmetric") for group in GROUPS]
+    for group in GROUPS:
+        for bits in (6, 4, 3):
+            plain = WeightRounding(bits, group)
+            wanted += [plain, replace(plain, compensated=True)]
+        two_level = WeightRounding(4, group, two_level=True)
+        for rule in RULES:
+            wanted += [replace(two_level, zero_point=rule), replace(two_level, zero_point=rule, compensated=True)]
+        wanted += [replace(two_level, clip="search"), replace(two_level, clip="search", compensated=True)]
+    for rule in RULES:
+        wanted += [WeightRounding(bits, 128, zero_point=rule) for bits in (4, 3)]
+    wanted += [WeightRounding(4, 128, clip="search"), WeightRounding(4, 128, two_level=True, clip=0.9)]
+    return list(dict.fromkeys(wanted))
+
+
+def cases(lab: Lab) -> Iterator[Case]:
+    """Weights alone; activations stay in floating point."""
+    shapes = [(layer.out_features, layer.in_features) for layer in lab.layers.values()]
+    total = sum(n * k for n, k in shapes)
+
+    def case(rounding: WeightRounding) -> Case:
+        def build() -> nn.Module:
+            moments = lab.calibration(0.5, moments=True).moments if rounding.compensated else {}
+            return lab.with_weights(lambda name, weight: rounding.apply(weight, moments.get(name)))
+
+        bits = sum(rounding.bits_per_weight(n, k) * n * k for n, k in shapes) / total
+        return Case({**asdict(rounding), "bits_per_weight": bits}, build)
+
+    yield from map(case, roundings())
