@@ -20,6 +20,7 @@ from .observation import Observer, count_calls, linear_layers, observe_calls
 
 FORMAT = "ditq-calibration"
 VERSION = 1
+DEFAULT_STEP = 0.5  # docs/experiments.md
 CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
 
@@ -155,7 +156,7 @@ def moment_bytes(model: nn.Module, names: Collection[str] | None = None) -> int:
 def calibrate(
     model: nn.Module,
     run: Callable[[], Any],
-    step: int | float = 0.5,
+    step: int | float = DEFAULT_STEP,
     *,
     percentile: float | None = None,
     moments: bool | Collection[str] = False,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .analysis import command as analysis_command
 from .benchmark import options as benchmark_options
+from .calibration import DEFAULT_STEP
 from .evaluation import command as evaluation_command
 
 EXIT_FAILED = 1
@@ -264,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--clip", type=_clip, help='shrink group ranges: a ratio in (0, 1], or "search"')
     quantize.add_argument(
-        "--step", type=_step, default=0.5, help="the step to calibrate on: index, or fraction (default: %(default)s)"
+        "--step",
+        type=_step,
+        default=DEFAULT_STEP,
+        help="the step to calibrate on: index, or fraction (default: %(default)s)",
     )
     quantize.add_argument(
         "--samples", type=_count, default=8, help="pictures in the calibration run (default: %(default)s)"

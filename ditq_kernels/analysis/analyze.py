@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..calibration import DEFAULT_STEP
 from ..formats import Scheme
 from ..planning import Plan, plan
 from .observe import Observation, observe_run
@@ -15,7 +16,6 @@ from .sensitivity import Forms, Losses, draw_losses, forms_of, output_losses
 from .weights import WeightStatistics, all_weights
 
 DEFAULT_SCHEMES = ("w8a8", "w8a8_static", "w4a8_g128")
-DEFAULT_STEP = 0.5
 # A layer is an exception if it makes so many times the squared error of the mean layer, and of its share in weights.
 TIMES_THE_SHARE = 2.0
 

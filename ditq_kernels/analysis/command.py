@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ..calibration import DEFAULT_STEP
+
 TRIAL_STEPS = 10
 SEED_STRIDE = 7919  # a prime: classes of consecutive pictures lie far apart
 
@@ -104,7 +106,7 @@ def add_commands(
     )
     analyze.add_argument("--steps", type=count, default=50, help="steps of the observed run (default: %(default)s)")
     analyze.add_argument(
-        "--step", type=_fraction, default=0.5, help="where static scales are taken from (default: %(default)s)"
+        "--step", type=_fraction, default=DEFAULT_STEP, help="where static scales are taken from (default: %(default)s)"
     )
     analyze.add_argument("--samples", type=count, default=4, help="pictures in a run (default: %(default)s)")
     analyze.add_argument(

@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from ..backend import selected_backend
-from ..calibration import Calibration, calibrate
+from ..calibration import DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..evaluation.metrics import difference, to_unit_range
 from ..formats import RECOMMENDED, Scheme
@@ -25,7 +25,6 @@ from ..integrations.sampling import sample
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
 
-CALIBRATION_STEP = 0.5
 ORIGINAL = "original"
 
 
@@ -135,7 +134,7 @@ def calibrate_source(source: Source, settings: Settings) -> Calibration:
             progress=False,
         )
 
-    return calibrate(source.transformer, run, CALIBRATION_STEP, moments=True)
+    return calibrate(source.transformer, run, DEFAULT_STEP, moments=True)
 
 
 def run_variant(

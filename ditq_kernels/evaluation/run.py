@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..calibration import Calibration, calibrate
+from ..calibration import DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
@@ -42,7 +42,7 @@ class Settings:
     batch: int = 50
     first_seed: int = 0
     calibration_pictures: int = 10
-    step: float = 0.5
+    step: float = DEFAULT_STEP
 
 
 @dataclass(frozen=True)

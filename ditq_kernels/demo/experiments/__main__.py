@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import calibration, moments, weights
+from . import calibration, combinations, layers, moments, peers, positions, remedies, weights
 
-EXPERIMENTS = {"calibration": calibration, "weights": weights, "moments": moments}
+EXPERIMENTS = {
+    "calibration": calibration,
+    "weights": weights,
+    "moments": moments,
+    "positions": positions,
+    "combinations": combinations,
+    "layers": layers,
+    "remedies": remedies,
+    "peers": peers,
+}
 DIRECTORY = Path("docs/experiments")
 
 

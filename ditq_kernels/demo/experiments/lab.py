@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calibration import Calibration, calibrate
+from ...calibration import DEFAULT_STEP, Calibration, calibrate
 from ...conversion import quantized_layers
 from ...evaluation.metrics import difference
 from ...integrations.diffusers import load_source
@@ -45,12 +45,14 @@ class Case:
         build: makes its model.
         noise: whether its weights stand for the original's, so that their noise can be measured.
         protocol: another one than the experiment's.
+        first_seed: of the pictures.
     """
 
     facts: dict[str, Any]
     build: Callable[[], nn.Module]
     noise: bool = True
     protocol: Protocol | None = None
+    first_seed: int = 0
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Lab:
         source = load_source(self.directory, device="cpu")
         self.model: nn.Module = source.transformer.float().eval()
         self.scheduler = source.scheduler or default_scheduler()
-        self.calibration = lru_cache(maxsize=None)(self._calibration)
+        self.calibration = lru_cache(maxsize=16)(self._calibration)
         self._original = lru_cache(maxsize=None)(lambda protocol: self.draw(self.model, protocol))
 
     def draw(self, model: nn.Module, protocol: Protocol | None = None, first_seed: int = 0) -> torch.Tensor:
@@ -83,14 +85,21 @@ class Lab:
 
     def _calibration(
         self,
-        step: float | str = 0.5,
+        step: float | str = DEFAULT_STEP,
         moments: bool = False,
         percentile: float | None = None,
         which: int = 0,
         pictures: int | None = None,
+        steps: int | None = None,
     ) -> Calibration:
-        """From a fraction of the run, or "all" of its steps, on the calibration pictures of set ``which``."""
-        protocol = replace(self.protocol, pictures=pictures or self.protocol.calibration_pictures)
+        """From a fraction of the run, or "all" of its steps, on the calibration pictures of set ``which``; ``pictures``
+        of them, and ``steps`` in the run, if they are not the protocol's.
+        """
+        protocol = replace(
+            self.protocol,
+            pictures=pictures or self.protocol.calibration_pictures,
+            steps=steps or self.protocol.steps,
+        )
         every = step == "all"
         return calibrate(
             self.model,
@@ -142,7 +151,7 @@ class Lab:
         model = case.build()
         protocol = case.protocol or self.protocol
         with torch.no_grad():
-            found = difference(self.draw(model, protocol), self._original(protocol))
+            found = difference(self.draw(model, protocol, case.first_seed), self._original(protocol))
             noise = self.noise(model) if case.noise else {}
         layers = quantized_layers(model).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -167,7 +176,6 @@ class Lab:
         records.finish()
 
 
-def average_bits(chosen: Plan) -> float:
-    """Bits per weight of the layers that ``chosen`` quantizes."""
-    entries = chosen.quantized()
-    return sum(entry.stored_bits for entry in entries) / sum(entry.weights for entry in entries)
+def bits_of_all_layers(chosen: Plan) -> float:
+    """Bits per weight over all linear layers, those that ``chosen`` keeps counted with 16."""
+    return sum(entry.stored_bits for entry in chosen) / sum(entry.weights for entry in chosen)

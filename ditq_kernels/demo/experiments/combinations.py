@@ -1,0 +1,53 @@
+"""Experiment c: whole schemes, static and dynamic, at few and many sampling steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...calibration import DEFAULT_STEP
+from ...conversion import quantize
+from ...evaluation.run import NOISE_FLOOR, ORIGINAL, OTHER_SEEDS, Variant, variants
+from ...formats import RECOMMENDED, Scheme
+from ...integrations.sampling import save_grid
+from .lab import Case, Lab, Protocol
+
+PROTOCOLS = (Protocol(20, 10), Protocol(20, 50), Protocol(10, 250))
+SHOWN = Protocol(10, 50)
+
+
+def build(lab: Lab, variant: Variant, steps: int) -> nn.Module:
+    """The model that ``variant`` says; calibrated on a run of ``steps``."""
+    model = lab.copy()
+    nn.Module.to(model, variant.dtype)
+    if variant.scheme is not None:
+        compensated = variant.rounding == "compensated"
+        needed = Scheme.parse(variant.scheme).static or compensated
+        calibration = lab.calibration(DEFAULT_STEP, moments=compensated, steps=steps) if needed else None
+        quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
+    return model
+
+
+def cases(lab: Lab) -> Iterator[Case]:
+    """The noise floor and every recommended scheme, at each number of steps."""
+    for protocol in PROTOCOLS:
+        for variant in variants(RECOMMENDED):
+            if variant == ORIGINAL:
+                continue
+            yield Case(
+                dict(variant=variant.name, steps=protocol.steps),
+                lambda variant=variant, protocol=protocol: build(lab, variant, protocol.steps),
+                noise=False,
+                protocol=protocol,
+                first_seed=OTHER_SEEDS if variant.other_seeds else 0,
+            )
+
+
+def draw_pictures(lab: Lab, path: Path) -> None:
+    """A row of pictures for each variant but the other seeds."""
+    shown = [variant for variant in variants(RECOMMENDED) if variant != NOISE_FLOOR[0]]
+    rows = [lab.draw(build(lab, variant, SHOWN.steps), SHOWN) for variant in shown]
+    save_grid(torch.cat(rows), SHOWN.pictures, path)
