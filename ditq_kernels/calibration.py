@@ -20,7 +20,8 @@ from .observation import Observer, count_calls, linear_layers, observe_calls
 
 FORMAT = "ditq-calibration"
 VERSION = 1
-DEFAULT_STEP = 0.5  # docs/experiments.md
+DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for both
+DEFAULT_PICTURES = 20  # of a calibration run; `calibrate` takes whatever its run draws
 CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
 

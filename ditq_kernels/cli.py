@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .analysis import command as analysis_command
 from .benchmark import options as benchmark_options
-from .calibration import DEFAULT_STEP
+from .calibration import DEFAULT_PICTURES, DEFAULT_STEP
 from .evaluation import command as evaluation_command
 
 EXIT_FAILED = 1
@@ -271,7 +271,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the step to calibrate on: index, or fraction (default: %(default)s)",
     )
     quantize.add_argument(
-        "--samples", type=_count, default=8, help="pictures in the calibration run (default: %(default)s)"
+        "--samples",
+        type=_count,
+        default=DEFAULT_PICTURES,
+        help="pictures in the calibration run (default: %(default)s)",
     )
     quantize.add_argument("--seed", type=_seed, default=0, help="of the calibration run (default: %(default)s)")
     _sampling_options(quantize, 4.0)

@@ -104,7 +104,7 @@ ZERO_POINT_RULES: dict[str, tuple[RangeRule, ...]] = {
     "best": (_eighth_level, _free_zero_point),  # per group, the one with the smaller squared error
 }
 INT8_RULES: tuple[RangeRule, ...] = (_symmetric_int8,)
-DEFAULT_ZERO_POINT = "eighth_level"
+DEFAULT_ZERO_POINT = "best"
 
 
 def _positive(step: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from ..backend import selected_backend
-from ..calibration import DEFAULT_STEP, Calibration, calibrate
+from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..evaluation.metrics import difference, to_unit_range
 from ..formats import RECOMMENDED, Scheme
@@ -119,9 +119,9 @@ def _compare(samples: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
 
 
 def calibrate_source(source: Source, settings: Settings) -> Calibration:
-    """One step, half-way, of a run that draws one picture per class, with second moments."""
-    labels = list(range(settings.classes))
-    seeds = [10_000 + label for label in labels]  # not the seeds that are compared
+    """One step of a run that draws the classes in turn, with second moments."""
+    labels = [index % settings.classes for index in range(DEFAULT_PICTURES)]
+    seeds = [10_000 + index for index in range(DEFAULT_PICTURES)]  # not the seeds that are compared
 
     def run() -> None:
         sample(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..calibration import DEFAULT_STEP, Calibration, calibrate
+from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
@@ -41,7 +41,7 @@ class Settings:
     guidance: float = 2.0
     batch: int = 50
     first_seed: int = 0
-    calibration_pictures: int = 10
+    calibration_pictures: int = DEFAULT_PICTURES
     step: float = DEFAULT_STEP
 
 
@@ -54,6 +54,11 @@ class Variant:
     rounding: str = "nearest"
     dtype: torch.dtype = torch.float32
     other_seeds: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs a calibration: static activations and compensated rounding do."""
+        return self.scheme is not None and (self.rounding == "compensated" or Scheme.parse(self.scheme).static)
 
 
 ORIGINAL = Variant("original")
@@ -195,8 +200,7 @@ class Evaluation:
         nn.Module.to(model, variant.dtype)
         if variant.scheme is not None:
             compensated = variant.rounding == "compensated"
-            needed = Scheme.parse(variant.scheme).static or compensated
-            calibration = self.calibration(compensated) if needed else None
+            calibration = self.calibration(compensated) if variant.calibrated else None
             quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
         self._last = variant, model
         return model
@@ -204,8 +208,11 @@ class Evaluation:
     def request(self, variant: Variant) -> Request:
         """What is drawn of ``variant``."""
         settings = self.settings
+        words = f"{self.source}: {variant.name}"
+        if variant.calibrated:
+            words += f", calibrated at {settings.step} on {settings.calibration_pictures} pictures"
         return Request(
-            model=f"{self.source}: {variant.name}",
+            model=words,
             classes=self.classes,
             count=settings.pictures,
             first_seed=settings.first_seed + (OTHER_SEEDS if variant.other_seeds else 0),

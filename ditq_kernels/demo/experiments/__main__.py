@@ -31,9 +31,10 @@ def main() -> None:
     from .lab import Lab
     from .records import Records
 
-    lab = Lab()
     for name in args.names:
-        lab.carry_out(EXPERIMENTS[name].cases(lab), Records(args.out / f"{name}.json"))
+        experiment = EXPERIMENTS[name]
+        lab = Lab(experiment.PROTOCOL)
+        lab.carry_out(experiment.cases(lab), Records(args.out / f"{name}.json"))
 
 
 if __name__ == "__main__":

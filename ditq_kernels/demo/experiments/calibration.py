@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...conversion import quantize
-from .lab import Case, Lab
+from .lab import Case, Lab, Protocol
 
+PROTOCOL = Protocol(calibration_pictures=10)
 POSITIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SETS = 3
 PERCENTILES = (99.9, 99.99)

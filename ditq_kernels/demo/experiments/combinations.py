@@ -11,10 +11,11 @@ from torch import nn
 from ...calibration import DEFAULT_STEP
 from ...conversion import quantize
 from ...evaluation.run import NOISE_FLOOR, ORIGINAL, OTHER_SEEDS, Variant, variants
-from ...formats import RECOMMENDED, Scheme
+from ...formats import RECOMMENDED
 from ...integrations.sampling import save_grid
 from .lab import Case, Lab, Protocol
 
+PROTOCOL = Protocol(20)
 PROTOCOLS = (Protocol(20, 10), Protocol(20, 50), Protocol(10, 250))
 SHOWN = Protocol(10, 50)
 
@@ -24,9 +25,7 @@ def build(lab: Lab, variant: Variant, steps: int) -> nn.Module:
     model = lab.copy()
     nn.Module.to(model, variant.dtype)
     if variant.scheme is not None:
-        compensated = variant.rounding == "compensated"
-        needed = Scheme.parse(variant.scheme).static or compensated
-        calibration = lab.calibration(DEFAULT_STEP, moments=compensated, steps=steps) if needed else None
+        calibration = lab.calibration(DEFAULT_STEP, moments=True, steps=steps) if variant.calibrated else None
         quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
     return model
 

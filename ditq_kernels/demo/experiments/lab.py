@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calibration import DEFAULT_STEP, Calibration, calibrate
+from ...calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ...conversion import quantized_layers
 from ...evaluation.metrics import difference
 from ...integrations.diffusers import load_source
@@ -33,7 +33,7 @@ class Protocol:
     pictures: int = 40
     steps: int = 20
     guidance: float = 2.0
-    calibration_pictures: int = 10
+    calibration_pictures: int = DEFAULT_PICTURES
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Case:
 class Lab:
     """The embedded model in fp32, and everything that is drawn or calibrated of it."""
 
-    protocol: Protocol = field(default_factory=Protocol)
+    protocol: Protocol
     directory: Path = MODEL_DIRECTORY
 
     def __post_init__(self) -> None:
@@ -128,11 +128,11 @@ class Lab:
         return model
 
     def noise(self, model: nn.Module) -> dict[str, float]:
-        """Signal-to-noise ratios in dB, averaged over the quantized layers: of the weights, and of what they make of
-        the inputs of a whole run.
+        """Averages over the quantized layers. Signal-to-noise ratios in dB: of the weights, and of what they make of
+        the inputs of a whole run. And the gain of these outputs less one: what they are along the original's.
         """
         moments = self.calibration("all", moments=True).moments
-        weights, outputs = [], []
+        weights, outputs, gains = [], [], []
         for name, layer in self.layers.items():
             changed = model.get_submodule(name)
             exact = layer.weight.detach().double()
@@ -141,10 +141,13 @@ class Lab:
                 continue
             moment = moments[name].double()
             weights.append(10 * torch.log10(exact.square().sum() / error.square().sum()))
-            outputs.append(10 * torch.log10((exact @ moment * exact).sum() / (error @ moment * error).sum()))
+            signal = (exact @ moment * exact).sum()
+            outputs.append(10 * torch.log10(signal / (error @ moment * error).sum()))
+            gains.append(-(exact @ moment * error).sum() / signal)
         if not weights:
             return {}
-        return dict(weight_snr_db=float(sum(weights) / len(weights)), output_snr_db=float(sum(outputs) / len(outputs)))
+        found = dict(weight_snr_db=weights, output_snr_db=outputs, output_gain=gains)
+        return {name: float(sum(values) / len(values)) for name, values in found.items()}
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The record of ``case``: its facts, and what its pictures came out as."""

@@ -12,8 +12,9 @@ from ...calibration import DEFAULT_STEP
 from ...conversion import quantize
 from ...formats import Scheme
 from ...planning import Plan, plan
-from .lab import Case, Lab, bits_of_all_layers
+from .lab import Case, Lab, Protocol, bits_of_all_layers
 
+PROTOCOL = Protocol()
 BLOCK = "transformer_blocks.*."
 KINDS: dict[str, tuple[str, ...]] = {
     "modulation": (BLOCK + "norm1.linear", "proj_out_1"),

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .calibration import POSITIONS, SETS
-from .lab import Case, Lab
+from .lab import Case, Lab, Protocol
 from .simulated import WeightRounding
 
+PROTOCOL = Protocol(calibration_pictures=10)
 NEAREST = WeightRounding(4, 128, two_level=True)
 COMPENSATED = WeightRounding(4, 128, two_level=True, compensated=True)
 PICTURES = (1, 2, 5, 20, 50)  # 10 are among the positions

@@ -19,7 +19,9 @@ from torch import nn
 
 from ...calibration import DEFAULT_STEP
 from ...conversion import quantize, replace_module
-from .lab import Case, Lab
+from .lab import Case, Lab, Protocol
+
+PROTOCOL = Protocol()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ...conversion import quantize
 from .lab import Case, Lab, Protocol
 
 SCHEME = "w4a8_g128_static"
-PROTOCOL = Protocol(pictures=20, steps=50)
+PROTOCOL = Protocol(pictures=20, steps=50, calibration_pictures=10)
 POSITIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SETS = 2
 
@@ -20,10 +20,10 @@ def cases(lab: Lab) -> Iterator[Case]:
 
     def case(step: float, which: int) -> Case:
         def build() -> nn.Module:
-            calibration = lab.calibration(step, moments=True, which=which, steps=PROTOCOL.steps)
+            calibration = lab.calibration(step, moments=True, which=which)
             return quantize(lab.copy(), SCHEME, calibration, rounding="compensated", progress=False)
 
-        return Case(dict(scheme=SCHEME, step=step, set=which), build, protocol=PROTOCOL)
+        return Case(dict(scheme=SCHEME, step=step, set=which), build)
 
     for which in range(SETS):
         for step in POSITIONS:

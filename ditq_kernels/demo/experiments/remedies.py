@@ -16,6 +16,7 @@ from ...planning import plan
 from ...smoothing import smooth
 from .lab import CALIBRATION_SEED, Case, Lab, Protocol
 
+PROTOCOL = Protocol()
 STRENGTHS = (None, 0.25, 0.5, 0.75, 1.0)
 SMOOTHED = (("w8a8", "nearest"), ("w8a8_static", "nearest"), ("w4a8_g128", "nearest"), ("w4a8_g128", "compensated"))
 BUDGETS = (4.3, 4.5, 5.0, 6.0)

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 
 from torch import nn
 
-from .lab import Case, Lab
+from .lab import Case, Lab, Protocol
 from .simulated import WeightRounding
 
+PROTOCOL = Protocol(calibration_pictures=10)
 GROUPS = (None, 128, 64, 32)
 RULES = ("symmetric", "eighth_level", "free", "best")
 
