@@ -61,6 +61,12 @@ def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evalua
     assert len(quantized.relative_l2_by_step) == SETTINGS.steps
     # The trajectory is of all five pictures: it ends in the result, but for sums in batches of another size.
     assert quantized.relative_l2_by_step[-1] == pytest.approx(quantized.relative_l2, rel=1e-2)
+    assert original.layer_snr_db is None and quantized.layer_snr_db.keys() == half.layer_snr_db.keys()
+    assert quantized.layer_snr_db["proj_out_2"] == math.inf  # kept as it is
+    up = "transformer_blocks.0.ff.net.0.proj"
+    assert 15 < quantized.layer_snr_db[up] < half.layer_snr_db[up] < 70
+    low, high = quantized.frechet_excess_interval
+    assert low <= high and quantized.frechet_excess == pytest.approx(quantized.frechet - original.frechet)
     # The distance is symmetric: the original from other seeds, and these from the original.
     assert original.frechet == pytest.approx(other.frechet, rel=1e-6) and original.frechet > 0
 
@@ -79,7 +85,24 @@ def test_the_original_is_left_as_it_was(evaluation):
 
 
 def test_results_are_strict_json():
-    row = Row("same", "w8a8", "nearest", math.inf, (math.inf, math.inf), 1.0, 1.0, 0.0, [0.0], None, None, None, 8.1)
+    row = Row(
+        "same",
+        "w8a8",
+        "nearest",
+        math.inf,
+        (math.inf, math.inf),
+        1.0,
+        1.0,
+        0.0,
+        [0.0],
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        8.1,
+    )
     content = json.loads(json.dumps(report.as_json([row], dict(seed=0)), allow_nan=False))
     assert content["rows"][0]["psnr_db"] is None and content["rows"][0]["psnr_interval_db"] == [None, None]
     assert "inf" in report.table([row], None) and "(inf" not in report.table([row], None)
@@ -104,7 +127,7 @@ def evaluated(source, tmp_path_factory):
 
 def test_on_the_command_line_again_and_with_other_settings(source, evaluated, capsys):
     names = {path.name for path in evaluated.iterdir()}
-    assert {"results.json", "pictures.png", "steps.png", "w8a8.npz", "samples"} <= names
+    assert {"results.json", "pictures.png", "steps.png", "layers.png", "w8a8.npz", "samples"} <= names
     before = (evaluated / "results.json").read_text()
     assert cli.main(["evaluate", str(source), "--out", str(evaluated), *QUICK]) == 0
     assert (evaluated / "results.json").read_text() == before and "original, bf16" in capsys.readouterr().out
@@ -124,3 +147,17 @@ def test_two_processes_draw_the_same_pictures(source, evaluated, tmp_path):
     for mine, theirs in zip(one["rows"][1:], two["rows"][1:], strict=True):
         # Fewer threads add in another order.
         assert mine["relative_l2"] == pytest.approx(theirs["relative_l2"], rel=1e-2)
+
+
+def test_other_models_beside_the_first(source, tmp_path, capsys):
+    quantized = tmp_path / "w8"
+    assert cli.main(["quantize", str(source), "--scheme", "w8a8", "--out", str(quantized)]) == 0
+    out = tmp_path / "out"
+    assert cli.main(["evaluate", str(source), str(quantized), "--out", str(out), *QUICK]) == 0
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert rows[str(quantized)]["psnr_db"] == rows["w8a8"]["psnr_db"] and rows[str(quantized)]["bits_per_weight"] > 8
+    other = tmp_path / "other"
+    small_dit(classes=4).save_pretrained(other)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(source), str(other), "--out", str(tmp_path / "bad"), *QUICK]) == 2
+    assert "holds another kind of model than the first source: num_embeds_ada_norm is 4" in capsys.readouterr().err

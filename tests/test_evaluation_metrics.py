@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from ditq_kernels.evaluation.metrics import classifier_score, difference, frechet_distance, interval
+from ditq_kernels.evaluation.metrics import (
+    classifier_score,
+    difference,
+    features_of,
+    frechet_distance,
+    frechet_excess,
+    interval,
+)
 
 
 def test_a_known_difference():
@@ -40,13 +47,29 @@ def test_the_frechet_distance_of_gaussians():
     base = torch.randn(700, 4, dtype=torch.float64)
     base = (base - base.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(base.T.cov())).T
     scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.5]), torch.tensor([0.0, 1.0, -1.0, 0.5])
-    pictures = (base * scale + shift).view(-1, 1, 2, 2)
+    features = base * scale + shift
     expected = float(shift.square().sum() + (scale - 1).square().sum())
-    found = frechet_distance(pictures, base[:].view(-1, 1, 2, 2), lambda x: x.flatten(1), 4)
+    found = frechet_distance(features, base)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(base.view(-1, 1, 2, 2), base.view(-1, 1, 2, 2), lambda x: x.flatten(1), 4) < 1e-9
+    assert frechet_distance(base, base) < 1e-9
     with pytest.raises(ValueError, match="4 pictures are too few for the covariance of 4 features"):
-        frechet_distance(pictures[:4], pictures, lambda x: x.flatten(1), 4)
+        frechet_distance(features[:4], features)
+
+
+def test_the_excess_of_a_distance():
+    torch.manual_seed(0)
+    original, reference = torch.randn(400, 3, dtype=torch.float64), torch.randn(500, 3, dtype=torch.float64)
+    excess, (low, high) = frechet_excess(original + 0.5, original, reference, resamples=50)
+    assert low < excess < high and low > 0 and excess == pytest.approx(3 * 0.25, abs=0.4)
+    excess, (low, high) = frechet_excess(original, original, reference, resamples=10)
+    assert (excess, low, high) == (0, 0, 0)
+
+
+def test_features_come_in_batches():
+    pictures = torch.rand(1203, 1, 2, 2)
+    sizes = []
+    found = features_of(pictures, lambda x: sizes.append(len(x)) or x.flatten(1))
+    assert torch.equal(found, pictures.flatten(1).double()) and max(sizes) == 500
 
 
 def test_scores_of_certain_and_of_clueless_classifiers():

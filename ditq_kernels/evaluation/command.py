@@ -32,18 +32,19 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .run import Evaluation, Settings, variants
     from .samples import save_for_other_evaluators
 
-    wanted = list(variants(args.schemes))
-    source = load_source(args.source, device=device)
+    first, *others = args.sources
+    wanted = list(variants(args.schemes, [Path(other) for other in others]))
+    source = load_source(first, device=device)
     name = type(source.transformer).__name__
     if name != "DiTTransformer2DModel":
-        raise ValueError(f"this command samples only DiTTransformer2DModel, and {args.source} holds a {name}")
+        raise ValueError(f"this command samples only DiTTransformer2DModel, and {first} holds a {name}")
     source.transformer.float()
     process, processes, wait = _processes()
     settings = Settings(args.samples, args.steps, args.guidance, min(args.batch, args.samples), args.seed)
     judge = judge_of(source.transformer)
     scheduler = source.scheduler or default_scheduler()
     where = args.out / "samples"
-    evaluation = Evaluation(source.transformer, scheduler, str(args.source), settings, where, judge, process, processes)
+    evaluation = Evaluation(source.transformer, scheduler, str(first), settings, where, judge, process, processes)
     for variant in tqdm(wanted, desc="draw", unit="model", disable=process > 0):
         evaluation.draw(variant)
     wait()
@@ -51,7 +52,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
         return 0
     rows = [evaluation.row(variant) for variant in tqdm(wanted, desc="judge", unit="model")]
     about = dict(
-        source=str(args.source),
+        sources=list(map(str, args.sources)),
         samples=args.samples,
         steps=args.steps,
         guidance=args.guidance,
@@ -61,6 +62,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     )
     report.write_json(rows, about, args.out / "results.json")
     report.draw_steps(rows, args.out / "steps.png")
+    report.draw_layers(rows, args.out / "layers.png")
     columns = min(10, args.samples)
     drawn = [evaluation.samples(variant) for variant in wanted]
     if source.vae is None and source.transformer.config.in_channels in (1, 3):
@@ -71,7 +73,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
                 save_for_other_evaluators(pictures, evaluation.request(variant).labels, path)
     print(report.table(rows, judge and judge.name))
     print("\nthe rows of pictures.png are those above")
-    print("  ".join(str(args.out / name) for name in ("results.json", "pictures.png", "steps.png")))
+    print("  ".join(str(args.out / name) for name in ("results.json", "pictures.png", "steps.png", "layers.png")))
     return 0
 
 
@@ -96,12 +98,22 @@ def add_commands(
         "  ditq evaluate ./DiT-XL-2-256 --schemes w8a8 w4a8_g128 --samples 500 --out ./evaluation\n"
         "  accelerate launch --num_processes 2 -m ditq_kernels evaluate SRC --samples 5000 --out ./evaluation",
     )
-    evaluate.add_argument("source", metavar="SRC", help="directory of a model or pipeline, or a hub name (owner/name)")
+    evaluate.add_argument(
+        "sources",
+        metavar="SRC",
+        nargs="+",
+        help="directory of a model or pipeline, or a hub name (owner/name); further ones, as ditq quantize writes, "
+        "are compared with the first",
+    )
     evaluate.add_argument(
         "--out", type=Path, required=True, help="directory; samples that it holds already are not drawn again"
     )
     evaluate.add_argument(
-        "--schemes", nargs="+", metavar="SCHEME", default=["w8a8", "w8a8_static", "w4a8_g128"], help="what to compare"
+        "--schemes",
+        nargs="*",
+        metavar="SCHEME",
+        default=["w8a8", "w8a8_static", "w4a8_g128"],
+        help="what to compare (default: %(default)s)",
     )
     evaluate.add_argument("--samples", type=count, default=100, help="pictures of each (default: %(default)s)")
     evaluate.add_argument("--steps", type=count, default=50, help="sampling steps (default: %(default)s)")

@@ -56,46 +56,59 @@ def difference(pictures: torch.Tensor, original: torch.Tensor) -> Difference:
     )
 
 
-class _Features(nn.Module):
-    """A feature function as torchmetrics wants it."""
-
-    def __init__(self, features: Callable[[torch.Tensor], torch.Tensor], num_features: int) -> None:
-        super().__init__()
-        self.features, self.num_features = features, num_features
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self.features(pictures)
+def features_of(pictures: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """fp64 [N, D]: ``features`` of all pictures, a batch at a time."""
+    with torch.no_grad():
+        return torch.cat([features(batch).double() for batch in pictures.split(BATCH)])
 
 
-def frechet_distance(
-    pictures: torch.Tensor,
-    reference: torch.Tensor,
-    features: Callable[[torch.Tensor], torch.Tensor],
-    num_features: int,
-) -> float:
-    """Fréchet distance (Dowson and Landau, 1982) between Gaussians fitted to the features of two sets of pictures; the
-    sets may differ in size.
+class _Identity(nn.Module):
+    """torchmetrics takes a module for the features; these are there already."""
 
-    Args:
-        features: pictures to [B, num_features].
+    num_features = 1
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """Fréchet distance (Dowson and Landau, 1982) between Gaussians fitted to two sets of features, [N, D] and [M, D].
 
     Raises:
-        ValueError: if a set has no more pictures than there are features: its covariance would be singular.
+        ValueError: if a set has no more members than there are features: its covariance would be singular.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    for which, found in (("pictures", pictures), ("reference pictures", reference)):
-        if len(found) <= num_features:
+    for which, found in (("pictures", features), ("reference pictures", reference)):
+        count = found.shape[1]
+        if len(found) <= count:
             raise ValueError(
-                f"{len(found)} {which} are too few for the covariance of {num_features} features; draw at least "
-                f"{num_features + 1}, better ten times as many"
+                f"{len(found)} {which} are too few for the covariance of {count} features; draw at least {count + 1}, "
+                "better ten times as many"
             )
-    metric = FrechetInceptionDistance(_Features(features, num_features), normalize=True).set_dtype(torch.float64)
-    for found, real in ((reference, True), (pictures, False)):
-        for batch in found.split(BATCH):
-            metric.update(batch, real=real)
+    identity = _Identity()
+    identity.num_features = features.shape[1]
+    metric = FrechetInceptionDistance(identity, normalize=True).set_dtype(torch.float64)
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
     return float(metric.compute())
+
+
+def frechet_excess(
+    features: torch.Tensor, original: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """By how much ``features`` [N, D] are further from ``reference`` [M, D] than ``original`` [N, D], of the same
+    seeds, is; with a 95 % bootstrap interval, for which seeds are drawn again with all that belongs to them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = frechet_distance(features, reference) - frechet_distance(original, reference)
+    drawn = []
+    for _ in range(resamples):
+        same = torch.randint(len(features), (len(features),), generator=generator)
+        other = reference[torch.randint(len(reference), (len(reference),), generator=generator)]
+        drawn.append(frechet_distance(features[same], other) - frechet_distance(original[same], other))
+    low, high = torch.quantile(torch.tensor(drawn), torch.tensor([0.025, 0.975])).tolist()
+    return found, (low, high)
 
 
 def classifier_score(probabilities: Iterable[torch.Tensor]) -> float:

@@ -34,24 +34,33 @@ def _text(value: float | None, form: str) -> str:
 def table(rows: Sequence[Row], judge: str | None) -> str:
     """Rows for a terminal; the noise floor is part of it."""
     width = max(len(row.name) for row in rows)
-    head = f"{'':{width}}  bits/w   PSNR, dB (95 %)           worst   SSIM  rel. L2"
-    lines = [head + ("  Fréchet   score  accuracy" if judge else "")]
+    head = f"{'':{width}}  bits/w   PSNR, dB (95 %)           worst   SSIM  rel. L2  SNR, dB"
+    lines = [head + ("  Fréchet  excess (95 %)                score  accuracy" if judge else "")]
     for row in rows:
         low_high = ""
         if row.psnr_interval_db is not None and all(map(math.isfinite, row.psnr_interval_db)):
             low_high = f" ({row.psnr_interval_db[0]:.2f} to {row.psnr_interval_db[1]:.2f})"
+        snr = [value for value in (row.layer_snr_db or {}).values() if math.isfinite(value)]
         line = (
             f"{row.name:{width}}  {_text(row.bits_per_weight, '6.2f'):>6}   {_text(row.psnr_db, '.2f') + low_high:24}"
             f"  {_text(row.psnr_worst_db, '.2f'):>5}  {_text(row.ssim, '.3f'):>5}  {_text(row.relative_l2, '.4f'):>7}"
+            f"  {_text(sum(snr) / len(snr) if snr else None, '.1f'):>7}"
         )
         if judge:
+            excess = _text(row.frechet_excess, "+.4f")
+            if row.frechet_excess_interval is not None:
+                excess += " ({:+.4f} to {:+.4f})".format(*row.frechet_excess_interval)
             line += (
-                f"  {_text(row.frechet, '7.4f'):>7}  {_text(row.score, '6.3f'):>6}  "
+                f"  {_text(row.frechet, '7.4f'):>7}  {excess:27}  {_text(row.score, '6.3f'):>6}  "
                 f"{'-' if row.accuracy is None else format(row.accuracy, '8.1%'):>8}"
             )
         lines.append(line)
+    lines.append("SNR: of the outputs of the linear layers in one step, their mean.")
     if judge:
-        lines.append(f"Fréchet distance, score and accuracy: {judge}; distances from the original's other seeds.")
+        lines.append(
+            f"Fréchet distance, score and accuracy: {judge}; distances from the original's other seeds, and by how "
+            "much they exceed the original's own."
+        )
     return "\n".join(lines)
 
 
@@ -88,6 +97,29 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("sampling step")
     axis.set_ylabel("relative L2 distance from the original")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_layers(rows: Sequence[Row], path: Path) -> None:
+    """Signal-to-noise ratio of each linear layer's output, a line for each variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.layer_snr_db]
+    if not shown:
+        return
+    names = list(shown[0].layer_snr_db)
+    figure, axis = plt.subplots(figsize=(5 + 0.16 * len(names), 6), layout="constrained")
+    for index, row in enumerate(shown):
+        values = [value if math.isfinite(value) else math.nan for value in map(row.layer_snr_db.get, names)]
+        axis.plot(values, label=row.name, color=plt.get_cmap("tab10")(index % 10), marker=".", linewidth=0.8)
+    axis.set_xticks(range(len(names)), [name.removeprefix("transformer_") for name in names], rotation=90, fontsize=7)
+    axis.set_ylabel("signal-to-noise ratio of the output, dB")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)

@@ -15,7 +15,8 @@ from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
-from .metrics import classifier_score, difference, frechet_distance, interval
+from .layers import layer_snr_db
+from .metrics import classifier_score, difference, features_of, frechet_distance, frechet_excess, interval
 from .samples import Request
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """One model to evaluate: the original in a dtype, or a scheme with a way to round."""
+    """One model to evaluate: the original in a dtype, a scheme with a way to round, or a model of its own directory."""
 
     name: str
     scheme: str | None = None
     rounding: str = "nearest"
     dtype: torch.dtype = torch.float32
     other_seeds: bool = False
+    directory: Path | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -88,7 +90,9 @@ class Row:
     Attributes:
         psnr_db: mean over pictures, with a 95 % bootstrap interval; psnr_worst_db: of the worst picture.
         relative_l2_by_step: of the first few pictures, after each sampling step.
+        layer_snr_db: by linear layer: of its output, fed what the original's layer is fed in the calibrated step.
         frechet: Fréchet distance, by the judge's features, from the original's pictures of other seeds.
+        frechet_excess: how much more that is than of the original's, with a 95 % bootstrap interval.
         score: the judge's score (the inception score's formula); accuracy: share that it gives their class.
         bits_per_weight: of the quantized layers, scales included.
     """
@@ -102,16 +106,23 @@ class Row:
     ssim: float | None
     relative_l2: float | None
     relative_l2_by_step: list[float] | None
+    layer_snr_db: dict[str, float] | None
     frechet: float | None
+    frechet_excess: float | None
+    frechet_excess_interval: tuple[float, float] | None
     score: float | None
     accuracy: float | None
     bits_per_weight: float | None
 
 
-def variants(schemes: Sequence[str]) -> Iterator[Variant]:
-    """The original, its noise floor, and each scheme; 4-bit ones also with compensated rounding."""
+def variants(schemes: Sequence[str], directories: Sequence[Path] = ()) -> Iterator[Variant]:
+    """The original, its noise floor, other models in ``directories``, and each scheme; 4-bit ones also with compensated
+    rounding.
+    """
     yield ORIGINAL
     yield from NOISE_FLOOR
+    for directory in directories:
+        yield Variant(str(directory), directory=directory)
     for name in schemes:
         scheme = Scheme.parse(name)
         for rounding in ROUNDINGS if scheme.weight.bits == 4 else ROUNDINGS[:1]:
@@ -166,6 +177,7 @@ class Evaluation:
         self.directory, self.judge, self.process, self.processes = directory, judge, process, processes
         self.classes = model.config.num_embeds_ada_norm
         self._calibrations: dict[bool, Calibration] = {}
+        self._seen: dict[Variant, torch.Tensor] = {}  # features
         self._last: tuple[Variant, nn.Module] | None = None
 
     def calibration(self, moments: bool) -> Calibration:
@@ -196,14 +208,30 @@ class Evaluation:
         if self._last is not None and self._last[0] == variant:
             return self._last[1]
         self._last = None  # before the next one takes its memory
-        model = copy.deepcopy(self.model)
-        nn.Module.to(model, variant.dtype)
+        if variant.directory is not None:
+            from ..integrations.diffusers import load_source
+
+            model = load_source(variant.directory, device=next(self.model.parameters()).device).transformer
+            nn.Module.to(model, variant.dtype)
+            self._check_alike(variant.directory, model)
+        else:
+            model = copy.deepcopy(self.model)
+            nn.Module.to(model, variant.dtype)
         if variant.scheme is not None:
             compensated = variant.rounding == "compensated"
             calibration = self.calibration(compensated) if variant.calibrated else None
             quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
         self._last = variant, model
         return model
+
+    def _check_alike(self, directory: Path, model: nn.Module) -> None:
+        for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
+            mine, theirs = self.model.config[name], model.config.get(name)
+            if mine != theirs:
+                raise ValueError(
+                    f"{directory} holds another kind of model than the first source: {name} is {theirs} there, "
+                    f"{mine} here"
+                )
 
     def request(self, variant: Variant) -> Request:
         """What is drawn of ``variant``."""
@@ -254,6 +282,7 @@ class Evaluation:
             ssim=None if found is None else float(found.ssim.mean()),
             relative_l2=None if found is None else found.relative_l2,
             relative_l2_by_step=None if found is None else self._by_step(variant, model),
+            layer_snr_db=None if variant == ORIGINAL or variant.other_seeds else self._by_layer(model),
             bits_per_weight=8 * sum(layer.nbytes for layer in layers) / weights if weights else None,
             **self._judged(drawn, variant),
         )
@@ -264,15 +293,34 @@ class Evaluation:
         original = trajectory(self.model, self.scheduler, settings, self.classes, settings.first_seed)
         return [float((x - y).norm() / y.norm()) for x, y in zip(changed, original, strict=True)]
 
+    def _by_layer(self, model: nn.Module) -> dict[str, float]:
+        settings = self.settings
+        step = min(int(settings.step * settings.steps), settings.steps - 1)
+
+        def run() -> None:
+            trajectory(self.model, self.scheduler, settings, self.classes, CALIBRATION_SEED)
+
+        return layer_snr_db(self.model, model, run, step)
+
+    def _features(self, variant: Variant) -> torch.Tensor:
+        if variant not in self._seen:
+            self._seen[variant] = features_of(self.samples(variant), self.judge.features)
+        return self._seen[variant]
+
     def _judged(self, drawn: torch.Tensor, variant: Variant) -> dict[str, float | None]:
+        distances = dict(frechet=None, frechet_excess=None, frechet_excess_interval=None)
         if self.judge is None:
-            return dict(frechet=None, score=None, accuracy=None)
-        reference = self.samples(ORIGINAL if variant.other_seeds else NOISE_FLOOR[0])
-        features, count = self.judge.features, self.judge.num_features
+            return dict(**distances, score=None, accuracy=None)
+        if len(drawn) > self.judge.num_features:
+            features, original, other = (self._features(one) for one in (variant, ORIGINAL, NOISE_FLOOR[0]))
+            distances["frechet"] = frechet_distance(features, original if variant.other_seeds else other)
+            if variant != ORIGINAL and not variant.other_seeds:
+                excess, bounds = frechet_excess(features, original, other)
+                distances.update(frechet_excess=excess, frechet_excess_interval=bounds)
         logits = torch.cat([self.judge.logits(batch) for batch in drawn.split(500)])
         labels = torch.tensor(self.request(variant).labels)
         return dict(
-            frechet=frechet_distance(drawn, reference, features, count) if len(drawn) > count else None,
+            **distances,
             score=classifier_score([logits.softmax(1)]),
             accuracy=float((logits.argmax(1) == labels).double().mean()),
         )
