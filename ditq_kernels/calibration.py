@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .observation import Observer, count_calls, linear_layers, observe_calls
 FORMAT = "ditq-calibration"
 VERSION = 1
 DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for both
+ALL_STEPS = "all"
 DEFAULT_PICTURES = 20  # of a calibration run; `calibrate` takes whatever its run draws
 CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
@@ -32,7 +34,7 @@ class Calibration:
     Attributes:
         model: the name of the model's class.
         in_features: K of every unquantized linear layer of the model, called in that step or not.
-        step, steps: the step observed, and the steps of the run where they were counted (else None).
+        step, steps: the step observed, None if all were; and the steps of the run where they were counted (else None).
         calls_per_step: calls of the model that make one step.
         percentile: of the magnitudes, taken as ``amax``; None means the largest.
         amax: largest input magnitude of each layer that was called in the step.
@@ -43,7 +45,7 @@ class Calibration:
 
     model: str
     in_features: dict[str, int]
-    step: int
+    step: int | None
     steps: int | None
     calls_per_step: int
     percentile: float | None = None
@@ -157,7 +159,7 @@ def moment_bytes(model: nn.Module, names: Collection[str] | None = None) -> int:
 def calibrate(
     model: nn.Module,
     run: Callable[[], Any],
-    step: int | float = DEFAULT_STEP,
+    step: int | float | str = DEFAULT_STEP,
     *,
     percentile: float | None = None,
     moments: bool | Collection[str] = False,
@@ -171,7 +173,8 @@ def calibrate(
             A fraction or a negative ``step`` runs it twice: first to count its steps, which costs one forward pass
             (its output is replayed for all later calls) and the sampler's own arithmetic. So ``run`` must be
             repeatable, and may not let the model's values decide how many steps it takes.
-        step: an index (negative: from the end), or a fraction in [0, 1] of the run as a float.
+        step: an index (negative: from the end), a fraction in [0, 1] of the run as a float, or "all": every step of one
+            whole run, which gives better moments and, for static schemes, ranges that are too wide.
         percentile: in (0, 100]: take this percentile of the magnitudes (nearest rank) for ``amax`` and let larger
             inputs saturate. Over several calls of a layer, the largest of the calls' percentiles.
         moments: True, or a collection of layer names and fnmatch patterns: also the second moments that
@@ -194,12 +197,17 @@ def calibrate(
         moment_names: Collection[str] = layers if moments else ()
     else:
         moment_names = _matching(layers, moments)
+    observer = Observer(percentile, moment_names)
+    in_features = {name: layer.in_features for name, layer in layers.items()}
+    if step == ALL_STEPS:
+        calls = observe_calls(model, run, 0, sys.maxsize, observer)
+        steps = _whole_steps(model, calls, calls_per_step)
+        return _calibration(model, in_features, None, steps, calls_per_step, percentile, observer)
     steps = None
     index = int(step)
     if not isinstance(step, Integral) or step < 0:
         steps = _count_steps(model, run, calls_per_step)
         index = _step_index(step, steps)
-    observer = Observer(percentile, moment_names)
     calls = observe_calls(model, run, index * calls_per_step, calls_per_step, observer)
     if calls == 0:
         raise ValueError(_NOT_CALLED.format(type(model).__name__))
@@ -207,11 +215,22 @@ def calibrate(
         raise ValueError(
             f"step {index} is beyond the run: it called the model {calls} times, {calls_per_step} per step"
         )
-    in_features = {name: layer.in_features for name, layer in layers.items()}
+    return _calibration(model, in_features, index, steps, calls_per_step, percentile, observer)
+
+
+def _calibration(
+    model: nn.Module,
+    in_features: dict[str, int],
+    step: int | None,
+    steps: int | None,
+    calls_per_step: int,
+    percentile: float | None,
+    observer: Observer,
+) -> Calibration:
     return Calibration(
         type(model).__name__,
         in_features,
-        index,
+        step,
         steps,
         calls_per_step,
         percentile,
@@ -236,10 +255,10 @@ def _checked_layers(model: nn.Module, run: Callable[[], Any]) -> dict[str, nn.Li
     return layers
 
 
-def _check_numbers(step: int | float, percentile: float | None, calls_per_step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, Real):
-        raise TypeError(f"step must be an int (an index) or a float (a fraction of the run), got {step!r}")
-    if not isinstance(step, Integral) and not 0 <= step <= 1:
+def _check_numbers(step: int | float | str, percentile: float | None, calls_per_step: int) -> None:
+    if step != ALL_STEPS and (isinstance(step, bool) or not isinstance(step, Real)):
+        raise TypeError(f'step must be an int (an index), a float (a fraction of the run) or "all", got {step!r}')
+    if step != ALL_STEPS and not isinstance(step, Integral) and not 0 <= step <= 1:
         raise ValueError(f"a step given as a fraction must lie in [0, 1], got {step}; an index is an int")
     if percentile is not None and not (isinstance(percentile, Real) and 0 < percentile <= 100):
         raise ValueError(f"percentile must lie in (0, 100], got {percentile!r}")
@@ -248,7 +267,10 @@ def _check_numbers(step: int | float, percentile: float | None, calls_per_step: 
 
 
 def _count_steps(model: nn.Module, run: Callable[[], Any], calls_per_step: int) -> int:
-    calls = count_calls(model, run)
+    return _whole_steps(model, count_calls(model, run), calls_per_step)
+
+
+def _whole_steps(model: nn.Module, calls: int, calls_per_step: int) -> int:
     if calls == 0:
         raise ValueError(_NOT_CALLED.format(type(model).__name__))
     if calls % calls_per_step:

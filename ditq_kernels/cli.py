@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .analysis import command as analysis_command
 from .benchmark import options as benchmark_options
-from .calibration import DEFAULT_PICTURES, DEFAULT_STEP
+from .calibration import ALL_STEPS, DEFAULT_PICTURES, DEFAULT_STEP
 from .evaluation import command as evaluation_command
 
 EXIT_FAILED = 1
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--step",
         type=_step,
         default=DEFAULT_STEP,
-        help="the step to calibrate on: index, or fraction (default: %(default)s)",
+        help='the step to calibrate on: index, fraction, or "all" (default: %(default)s)',
     )
     quantize.add_argument(
         "--samples",
@@ -350,7 +350,7 @@ def _clip(text: str) -> str | float:
 
 
 def _step(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdecimal() else float(text)
+    return text if text == ALL_STEPS else int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
 def _count(text: str) -> int:

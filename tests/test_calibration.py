@@ -338,3 +338,24 @@ def test_a_compiled_model_is_observed_too():
     model.compile(backend="eager")
     model(*tiny_inputs())  # compiled before the hooks are there
     assert calibrate(model, tiny_run(model), 0.5).amax == expected
+
+
+def test_all_steps_are_one_long_step(tmp_path):
+    model = tiny_model()
+    every = calibrate(model, tiny_run(model, steps=4), "all", moments=True)
+    assert (every.step, every.steps) == (None, 4)
+    singles = [calibrate(model, tiny_run(model, steps=4), step, moments=True) for step in range(4)]
+    for name, amax in every.amax.items():
+        assert amax == max(single.amax[name] for single in singles)
+        assert every.tokens[name] == sum(single.tokens[name] for single in singles)
+        torch.testing.assert_close(every.moments[name], sum(single.moments[name] for single in singles))
+        channels = torch.stack([single.channel_amax[name] for single in singles]).amax(0)
+        assert torch.equal(every.channel_amax[name], channels)
+    every.save(tmp_path / "all.safetensors")
+    assert Calibration.load(tmp_path / "all.safetensors").step is None
+    with pytest.raises(ValueError, match="never called"):
+        calibrate(model, lambda: None, "all")
+    with pytest.raises(ValueError, match="no multiple of calls_per_step = 3"):
+        calibrate(model, tiny_run(model, steps=4), "all", calls_per_step=3)
+    with pytest.raises(TypeError, match="or \"all\", got 'most'"):
+        calibrate(model, tiny_run(model), "most")

@@ -43,6 +43,9 @@ def test_what_is_evaluated():
         "w4a16_g64",
         "w4a16_g64 compensated",
     ]
+    assert list(variants(["w8a8", "w4a8"], roundings=["compensated"]))[-1] == Variant(
+        "w4a8 compensated", "w4a8", "compensated"
+    )
     with pytest.raises(ValueError, match="unknown scheme"):
         list(variants(["w3a8"]))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..conversion import ROUNDINGS
+
 if TYPE_CHECKING:
     from .run import Judge
 
@@ -33,7 +35,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .samples import save_for_other_evaluators
 
     first, *others = args.sources
-    wanted = list(variants(args.schemes, [Path(other) for other in others]))
+    wanted = list(variants(args.schemes, [Path(other) for other in others], args.rounding))
     source = load_source(first, device=device)
     name = type(source.transformer).__name__
     if name != "DiTTransformer2DModel":
@@ -114,6 +116,13 @@ def add_commands(
         metavar="SCHEME",
         default=["w8a8", "w8a8_static", "w4a8_g128"],
         help="what to compare (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--rounding",
+        nargs="+",
+        choices=ROUNDINGS,
+        default=ROUNDINGS,
+        help="of 4-bit weights (default: both)",
     )
     evaluate.add_argument("--samples", type=count, default=100, help="pictures of each (default: %(default)s)")
     evaluate.add_argument("--steps", type=count, default=50, help="sampling steps (default: %(default)s)")

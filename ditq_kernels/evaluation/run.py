@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
-from ..conversion import quantize, quantized_layers
+from ..conversion import ROUNDINGS, quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
 from .layers import layer_snr_db
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 CALIBRATION_SEED = 50_000_000  # far from the seeds that are compared
 OTHER_SEEDS = 10_000_000  # the first of the original's other seeds
 TRAJECTORY_PICTURES = 8
-ROUNDINGS = ("nearest", "compensated")
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,11 @@ class Row:
     bits_per_weight: float | None
 
 
-def variants(schemes: Sequence[str], directories: Sequence[Path] = ()) -> Iterator[Variant]:
-    """The original, its noise floor, other models in ``directories``, and each scheme; 4-bit ones also with compensated
-    rounding.
+def variants(
+    schemes: Sequence[str], directories: Sequence[Path] = (), roundings: Sequence[str] = ROUNDINGS
+) -> Iterator[Variant]:
+    """The original, its noise floor, other models in ``directories``, and each scheme: 4-bit ones with each of
+    ``roundings``, the others to nearest.
     """
     yield ORIGINAL
     yield from NOISE_FLOOR
@@ -125,7 +126,7 @@ def variants(schemes: Sequence[str], directories: Sequence[Path] = ()) -> Iterat
         yield Variant(str(directory), directory=directory)
     for name in schemes:
         scheme = Scheme.parse(name)
-        for rounding in ROUNDINGS if scheme.weight.bits == 4 else ROUNDINGS[:1]:
+        for rounding in roundings if scheme.weight.bits == 4 else ROUNDINGS[:1]:
             shown = scheme.name if rounding == "nearest" else f"{scheme.name} {rounding}"
             yield Variant(shown, scheme.name, rounding)
 

@@ -100,14 +100,12 @@ class Lab:
             pictures=pictures or self.protocol.calibration_pictures,
             steps=steps or self.protocol.steps,
         )
-        every = step == "all"
         return calibrate(
             self.model,
             lambda: self.draw(self.model, protocol, CALIBRATION_SEED + which * SEEDS_BETWEEN_SETS),
-            0 if every else step,
+            step,
             percentile=percentile,
             moments=moments,
-            calls_per_step=protocol.steps if every else 1,
         )
 
     def copy(self) -> nn.Module:
@@ -172,7 +170,7 @@ class Lab:
         """Measure those of ``cases`` that ``records`` lacks, saving each as it comes, behind a progress bar."""
         from tqdm import tqdm
 
-        records.begin(asdict(self.protocol))
+        records.begin(asdict(self.protocol), sum(layer.weight.numel() for layer in self.layers.values()))
         for case in tqdm(list(cases), desc=records.path.stem, unit="variant"):
             if records.find(**case.facts) is None:
                 records.add(self.measure(case))

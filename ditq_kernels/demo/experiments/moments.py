@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from .lab import Case, Lab, Protocol
 from .simulated import WeightRounding
 
 PROTOCOL = Protocol(calibration_pictures=10)
-NEAREST = WeightRounding(4, 128, two_level=True)
-COMPENSATED = WeightRounding(4, 128, two_level=True, compensated=True)
+NEAREST = WeightRounding(4, 128, "eighth_level", two_level=True)
+COMPENSATED = replace(NEAREST, compensated=True)
 PICTURES = (1, 2, 5, 20, 50)  # 10 are among the positions
 
 

@@ -45,9 +45,9 @@ class Records:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold an experiment's records: {error}") from None
 
-    def begin(self, protocol: dict[str, Any]) -> None:
+    def begin(self, protocol: dict[str, Any], quantized_weights: int) -> None:
         """Go on with the file where it was left, or start it anew where it is complete, missing, or of another
-        protocol.
+        protocol. ``quantized_weights``: how many the quantized layers hold.
         """
         import diffusers
         import torch
@@ -56,6 +56,7 @@ class Records:
 
         self.about = dict(
             protocol=protocol,
+            quantized_weights=quantized_weights,
             torch=torch.__version__,
             diffusers=diffusers.__version__,
             ditq_kernels=__version__,

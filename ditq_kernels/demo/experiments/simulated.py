@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...quantizer import DEFAULT_ZERO_POINT, INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
+from ...quantizer import INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WeightRounding:
 
     bits: int
     group: int | None
-    zero_point: str = DEFAULT_ZERO_POINT
+    zero_point: str
     two_level: bool = False
     clip: float | str | None = None
     compensated: bool = False

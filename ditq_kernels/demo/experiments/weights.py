@@ -13,22 +13,23 @@ from .simulated import WeightRounding
 PROTOCOL = Protocol(calibration_pictures=10)
 GROUPS = (None, 128, 64, 32)
 RULES = ("symmetric", "eighth_level", "free", "best")
+PLAIN = "eighth_level"  # the rule where rules are not what is asked about
 
 
 def roundings() -> list[WeightRounding]:
     """Every combination that is asked about, each once."""
-    wanted = [WeightRounding(8, group, zero_point="symmetric") for group in GROUPS]
+    wanted = [WeightRounding(8, group, "symmetric") for group in GROUPS]
     for group in GROUPS:
         for bits in (6, 4, 3):
-            plain = WeightRounding(bits, group)
+            plain = WeightRounding(bits, group, PLAIN)
             wanted += [plain, replace(plain, compensated=True)]
-        two_level = WeightRounding(4, group, two_level=True)
+        two_level = WeightRounding(4, group, PLAIN, two_level=True)
         for rule in RULES:
             wanted += [replace(two_level, zero_point=rule), replace(two_level, zero_point=rule, compensated=True)]
         wanted += [replace(two_level, clip="search"), replace(two_level, clip="search", compensated=True)]
     for rule in RULES:
-        wanted += [WeightRounding(bits, 128, zero_point=rule) for bits in (4, 3)]
-    wanted += [WeightRounding(4, 128, clip="search"), WeightRounding(4, 128, two_level=True, clip=0.9)]
+        wanted += [WeightRounding(bits, 128, rule) for bits in (4, 3)]
+    wanted += [WeightRounding(4, 128, PLAIN, two_level, clip) for two_level, clip in ((False, "search"), (True, 0.9))]
     return list(dict.fromkeys(wanted))
 
 
