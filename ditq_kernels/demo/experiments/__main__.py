@@ -1,11 +1,11 @@
-"""``python -m ditq_kernels.demo.experiments NAME``: carry an experiment out."""
+"""``python -m ditq_kernels.demo.experiments NAME``: carry an experiment out, or write the page."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from . import calibration, combinations, layers, moments, peers, positions, remedies, weights
+from . import calibration, combinations, layers, moments, page, peers, positions, remedies, weights
 
 EXPERIMENTS = {
     "calibration": calibration,
@@ -23,18 +23,26 @@ DIRECTORY = Path("docs/experiments")
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ditq_kernels.demo.experiments",
-        description="Carry an experiment on the embedded model out. One that was interrupted goes on where it stopped.",
+        description="Carry experiments on the embedded model out, or write the page about them. An experiment that was "
+        "interrupted goes on where it stopped; one that is complete starts anew.",
     )
-    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS], metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument(
+        "names", nargs="+", choices=[*EXPERIMENTS, "pictures", "page"], metavar="NAME", help="%(choices)s"
+    )
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of the JSON (default: %(default)s)")
     args = parser.parse_args()
     from .lab import Lab
     from .records import Records
 
     for name in args.names:
-        experiment = EXPERIMENTS[name]
-        lab = Lab(experiment.PROTOCOL)
-        lab.carry_out(experiment.cases(lab), Records(args.out / f"{name}.json"))
+        if name == "page":
+            print(page.write(args.out))
+        elif name == "pictures":
+            combinations.draw_pictures(Lab(combinations.PROTOCOL), args.out / "pictures.png")
+        else:
+            experiment = EXPERIMENTS[name]
+            lab = Lab(experiment.PROTOCOL)
+            lab.carry_out(experiment.cases(lab), Records(args.out / f"{name}.json"))
 
 
 if __name__ == "__main__":

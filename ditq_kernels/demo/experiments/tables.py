@@ -31,6 +31,11 @@ def gain(rows: Iterable[Row], base: Iterable[Row]) -> str:
     return shown(over_sets(rows) - over_sets(base), sign=True)
 
 
+def count(records: Records, **facts: object) -> int:
+    """Pictures of a record."""
+    return len(records.find(**facts)["psnr_db"])
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]

@@ -1,0 +1,78 @@
+"""``docs/experiments.md`` and its plots, from the records alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from . import plots, tables
+from .records import Records
+
+TEMPLATE = "experiments.md.jinja"
+DISTRIBUTION = "distribution.json"  # what ditq evaluate writes as results.json
+NAMES = ("calibration", "weights", "moments", "positions", "combinations", "layers", "remedies", "peers")
+
+
+def load(directory: Path) -> dict[str, Records]:
+    """The records of every experiment.
+
+    Raises:
+        ValueError: if one is missing or incomplete.
+    """
+    found = {}
+    for name in NAMES:
+        path = directory / f"{name}.json"
+        if not path.exists():
+            raise ValueError(f"{path} is missing; carry the experiment {name} out first")
+        found[name] = Records.load(path)
+        if not found[name].complete:
+            raise ValueError(f"{path} is not complete; carry the experiment {name} out to its end")
+    return found
+
+
+def render(directory: Path) -> str:
+    """The page's text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    records = load(directory)
+    results: dict[str, Any] = json.loads((directory / DISTRIBUTION).read_text())
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def psnr(experiment: str, **facts: Any) -> float:
+        """Mean PSNR over the records with these facts."""
+        rows = list(records[experiment].all(**facts))
+        if not rows:
+            raise ValueError(f"{experiment} has no record with {facts}")
+        return float(tables.over_sets(rows).mean())
+
+    def excess(name: str) -> str:
+        (row,) = [row for row in results["rows"] if row["name"] == name]
+        low, high = row["frechet_excess_interval"]
+        return f"{row['frechet_excess']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+    return environment.get_template(TEMPLATE).render(
+        records=records, tables=tables, results=results, psnr=psnr, excess=excess
+    )
+
+
+def write(directory: Path) -> Path:
+    """Write the page beside ``directory``, and the plots into it; where the page is."""
+    text = render(directory)
+    for name, plot in plots.PLOTS.items():
+        plot(Records.load(directory / f"{name}.json"), directory / f"{name}.png")
+    path = directory.with_suffix(".md")
+    beside = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
