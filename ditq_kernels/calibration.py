@@ -207,7 +207,7 @@ def calibrate(
     index = int(step)
     if not isinstance(step, Integral) or step < 0:
         steps = _count_steps(model, run, calls_per_step)
-        index = _step_index(step, steps)
+        index = step_index(step, steps)
     calls = observe_calls(model, run, index * calls_per_step, calls_per_step, observer)
     if calls == 0:
         raise ValueError(_NOT_CALLED.format(type(model).__name__))
@@ -280,7 +280,12 @@ def _whole_steps(model: nn.Module, calls: int, calls_per_step: int) -> int:
     return calls // calls_per_step
 
 
-def _step_index(step: int | float, steps: int) -> int:
+def step_index(step: int | float, steps: int) -> int:
+    """The step, from 0, of a run of ``steps`` that a fraction, an index, or an index from the end means.
+
+    Raises:
+        ValueError: if it is beyond the run.
+    """
     if not isinstance(step, Integral):
         return min(math.floor(step * steps), steps - 1)
     if step < -steps:

@@ -14,6 +14,7 @@ from small_sources import digests, small_dit
 
 import ditq_kernels as ditq
 from ditq_kernels import cli
+from ditq_kernels.calibration import DEFAULT_PICTURES
 from ditq_kernels.conversion import quantized_layers
 from ditq_kernels.demo import MODEL_DIRECTORY, classifier, fashion_mnist, report, run, train_classifier
 from ditq_kernels.formats import RECOMMENDED
@@ -93,11 +94,11 @@ def test_more_bits_are_nearer_to_the_original(outcome):
     assert all(bits <= (4.5 if scheme.startswith("w4") else 8.5) for scheme, bits in stored.items())
 
 
-def test_calibration_saw_the_step_at_half_of_other_pictures(outcome):
+def test_calibration_saw_one_step_of_other_pictures(outcome):
     _, calibration = outcome
     assert (calibration.step, calibration.steps) == (1, 2)
     assert calibration.moments
-    picture_tokens = 2 * SETTINGS.classes * (28 // 4) ** 2  # guidance doubles the batch
+    picture_tokens = 2 * DEFAULT_PICTURES * (28 // 4) ** 2  # guidance doubles the batch
     assert calibration.tokens["transformer_blocks.0.attn1.to_q"] == picture_tokens
 
 

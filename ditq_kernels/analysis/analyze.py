@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..calibration import DEFAULT_STEP
+from ..calibration import DEFAULT_STEP, step_index
 from ..formats import Scheme
 from ..planning import Plan, plan
 from .observe import Observation, observe_run
@@ -74,7 +74,7 @@ def analyze(
         raise ValueError(f"step must lie in [0, 1], got {step}")
     weights = all_weights(model)
     observation = observe_run(model, draw, calls_per_step, progress)
-    index = round(step * (observation.steps - 1))
+    index = step_index(step, observation.steps)
     amax = {name: seen.amax[index] for name, seen in observation.inputs.items() if index < len(seen.amax)}
     forms = {name: of_layer for name, of_layer in forms_of(model, names, amax).items() if name in weights}
     losses = output_losses(model, draw, forms, amax, index, calls_per_step)

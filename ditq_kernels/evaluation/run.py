@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
+from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
 from ..conversion import ROUNDINGS, quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
@@ -296,7 +296,7 @@ class Evaluation:
 
     def _by_layer(self, model: nn.Module) -> dict[str, float]:
         settings = self.settings
-        step = min(int(settings.step * settings.steps), settings.steps - 1)
+        step = step_index(settings.step, settings.steps)
 
         def run() -> None:
             trajectory(self.model, self.scheduler, settings, self.classes, CALIBRATION_SEED)

@@ -45,8 +45,12 @@ def cases(lab: Lab) -> Iterator[Case]:
             )
 
 
+def shown() -> list[Variant]:
+    """What the grid of pictures has a row of: all but the other seeds."""
+    return [variant for variant in variants(RECOMMENDED) if variant != NOISE_FLOOR[0]]
+
+
 def draw_pictures(lab: Lab, path: Path) -> None:
-    """A row of pictures for each variant but the other seeds."""
-    shown = [variant for variant in variants(RECOMMENDED) if variant != NOISE_FLOOR[0]]
-    rows = [lab.draw(build(lab, variant, SHOWN.steps), SHOWN) for variant in shown]
+    """Write a grid of pictures."""
+    rows = [lab.draw(build(lab, variant, SHOWN.steps), SHOWN) for variant in shown()]
     save_grid(torch.cat(rows), SHOWN.pictures, path)

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from . import plots, tables
+from . import combinations, plots, tables
 from .records import Records
 
 TEMPLATE = "experiments.md.jinja"
@@ -59,7 +59,12 @@ def render(directory: Path) -> str:
         return f"{row['frechet_excess']:+.4f} ({low:+.4f} to {high:+.4f})"
 
     return environment.get_template(TEMPLATE).render(
-        records=records, tables=tables, results=results, psnr=psnr, excess=excess
+        records=records,
+        tables=tables,
+        results=results,
+        psnr=psnr,
+        excess=excess,
+        shown=[variant.name for variant in combinations.shown()],
     )
 
 
