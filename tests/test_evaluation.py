@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from small_sources import small_dit
 
 from ditq_kernels import cli
@@ -139,12 +140,18 @@ def test_on_the_command_line_again_and_with_other_settings(source, evaluated, ca
 
 
 def test_two_processes_draw_the_same_pictures(source, evaluated, tmp_path):
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # Without a GPU, --multi_gpu means two processes on the CPU; --cpu would be one.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ditq_kernels"]
     command = [sys.executable, "-m", *launch, "evaluate", str(source), "--out", str(tmp_path / "two"), *QUICK]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("original, bf16") == 1
+    drawn_by = set()
+    for path in (tmp_path / "two" / "samples").rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            drawn_by.add(file.metadata()["process"])
+    assert drawn_by == {"0 of 2", "1 of 2"}
     one, two = (json.loads((out / "results.json").read_text()) for out in (evaluated, tmp_path / "two"))
     assert [row["name"] for row in one["rows"]] == [row["name"] for row in two["rows"]]
     for mine, theirs in zip(one["rows"][1:], two["rows"][1:], strict=True):

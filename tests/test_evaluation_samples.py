@@ -42,12 +42,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, mon
 
     original, saved = safetensors.torch.save_file, []
 
-    def interrupted(tensors, path):
+    def interrupted(tensors, path, **about):
         if len(saved) == 2:
             path.write_bytes(b"half a file")
             raise KeyboardInterrupt
         saved.append(path)
-        original(tensors, path)
+        original(tensors, path, **about)
 
     monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):

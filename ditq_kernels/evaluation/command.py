@@ -18,9 +18,10 @@ def _processes() -> tuple[int, int, Callable[[], Any]]:
     """(this process, how many, a barrier), as ``accelerate launch`` started them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, lambda: None
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would see one process unless told
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 
@@ -98,7 +99,7 @@ def add_commands(
         lambda args: _evaluate(args, device_of(args.device), judge_of),
         "draw many pictures with the original and with every scheme, and compare them, with the noise floor beside",
         "  ditq evaluate ./DiT-XL-2-256 --schemes w8a8 w4a8_g128 --samples 500 --out ./evaluation\n"
-        "  accelerate launch --num_processes 2 -m ditq_kernels evaluate SRC --samples 5000 --out ./evaluation",
+        "  accelerate launch --multi_gpu --num_processes 2 -m ditq_kernels evaluate SRC --out ./evaluation",
     )
     evaluate.add_argument(
         "sources",

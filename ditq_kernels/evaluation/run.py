@@ -260,7 +260,8 @@ class Evaluation:
         share = dict(process=self.process, processes=self.processes)
         if not on_disk.missing(request, folder, **share):
             return 0
-        return on_disk.draw(request, self.variant_model(variant), self.scheduler, folder, **share)
+        model, shown = self.variant_model(variant), self.process == 0
+        return on_disk.draw(request, model, self.scheduler, folder, **share, progress=shown)
 
     def samples(self, variant: Variant) -> torch.Tensor:
         """All samples of ``variant``; they must have been drawn."""

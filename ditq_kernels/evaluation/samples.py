@@ -129,7 +129,8 @@ def draw(
         target = request.path(directory, batch)
         beside = directory / f".{uuid.uuid4().hex}"
         try:
-            save_file(dict(samples=samples, labels=torch.tensor(labels[batch])), beside)
+            drawn = dict(samples=samples, labels=torch.tensor(labels[batch]))
+            save_file(drawn, beside, metadata={"process": f"{process} of {processes}"})
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
