@@ -19,6 +19,7 @@ from torch import nn
 
 from ...calibration import DEFAULT_STEP
 from ...conversion import quantize, replace_module
+from ...planning import plan
 from .lab import Case, Lab, Protocol
 
 PROTOCOL = Protocol()
@@ -159,12 +160,17 @@ def cases(lab: Lab) -> Iterator[Case]:
     shapes = [(layer.out_features, layer.in_features) for layer in lab.layers.values()]
     total = sum(n * k for n, k in shapes)
 
-    def ours(scheme: str, rounding: str) -> Case:
+    def ours(scheme: str, rounding: str, everywhere: bool = False) -> Case:
         def build() -> nn.Module:
             calibration = lab.calibration(DEFAULT_STEP, moments=True)
-            return quantize(lab.copy(), scheme, calibration, rounding=rounding, progress=False)
+            chosen = plan(lab.model, scheme)
+            if everywhere:
+                for entry in chosen.quantized():
+                    chosen[entry.name] = scheme
+            return quantize(lab.copy(), chosen, calibration, rounding=rounding, progress=False)
 
-        return Case(dict(package="ditq_kernels", method=f"{scheme}, {rounding}"), build)
+        method = f"{scheme}, {rounding}{', modulation too' if everywhere else ''}"
+        return Case(dict(package="ditq_kernels", method=method), build)
 
     def theirs(peer: Peer) -> Case:
         def build() -> nn.Module:
@@ -190,6 +196,7 @@ def cases(lab: Lab) -> Iterator[Case]:
         for rounding in ("nearest", "compensated"):
             yield ours(scheme, rounding)
     yield ours("w8a8", "nearest")
+    yield ours("w8a8", "nearest", everywhere=True)
     yield ours("w8a16", "nearest")
     for peer in _peers():
         importlib.import_module(peer.module)
