@@ -94,13 +94,13 @@ def weights(records: Records, path: Path) -> None:
 
 def budgets(records: Records, path: Path) -> None:
     axis = _axes()
-    for rounding, style in (("nearest", "-"), ("compensated", "--")):
+    for rounding, style, marker in (("nearest", "-", "ko"), ("compensated", "--", "ks")):
         rows = sorted(
             (row for row in records.all(remedy="budget", rounding=rounding) if row.get("uniform")),
             key=lambda row: row["bits_per_weight"],
         )
         points = [row["bits_per_weight"] for row in rows], [_mean([row]) for row in rows]
-        axis.plot(*points, "k" + style, marker="o", markersize=4, label=f"one format, {rounding}")
+        axis.plot(*points, marker, markersize=4, label=f"one format, {rounding}")  # nothing lies between them
         for index, errors in enumerate(("weights", "outputs", "pictures")):
             rows = list(records.all(remedy="budget", rounding=rounding, errors=errors))
             points = [row["bits_per_weight"] for row in rows], [_mean([row]) for row in rows]
