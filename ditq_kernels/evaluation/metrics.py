@@ -88,7 +88,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
             )
     identity = _Identity()
     identity.num_features = features.shape[1]
-    metric = FrechetInceptionDistance(identity, normalize=True).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(identity, normalize=True, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(reference, real=True)
     metric.update(features, real=False)
     return float(metric.compute())
