@@ -18,6 +18,7 @@ from .lab import Case, Lab, Protocol
 PROTOCOL = Protocol(20)
 PROTOCOLS = (Protocol(20, 10), Protocol(20, 50), Protocol(5, 250))
 SHOWN = Protocol(10, 50)
+ENLARGED = 2
 
 
 def build(lab: Lab, variant: Variant, steps: int) -> nn.Module:
@@ -53,4 +54,5 @@ def shown() -> list[Variant]:
 def draw_pictures(lab: Lab, path: Path) -> None:
     """Write a grid of pictures."""
     rows = [lab.draw(build(lab, variant, SHOWN.steps), SHOWN) for variant in shown()]
-    save_grid(torch.cat(rows), SHOWN.pictures, path)
+    enlarged = nn.functional.interpolate(torch.cat(rows), scale_factor=ENLARGED, mode="nearest")
+    save_grid(enlarged, SHOWN.pictures, path)

@@ -53,8 +53,10 @@ def render(directory: Path) -> str:
             raise ValueError(f"{experiment} has no record with {facts}")
         return float(tables.over_sets(rows).mean())
 
+    evaluated = {row["name"]: row for row in results["rows"]}
+
     def excess(name: str) -> str:
-        (row,) = [row for row in results["rows"] if row["name"] == name]
+        row = evaluated[name]
         low, high = row["frechet_excess_interval"]
         return f"{row['frechet_excess']:+.4f} ({low:+.4f} to {high:+.4f})"
 
@@ -64,6 +66,7 @@ def render(directory: Path) -> str:
         results=results,
         psnr=psnr,
         excess=excess,
+        evaluated=evaluated,
         shown=[variant.name for variant in combinations.shown()],
     )
 
