@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evalua
     assert other.psnr_db < quantized.psnr_db < half.psnr_db
     assert quantized.psnr_interval_db[0] < quantized.psnr_db < quantized.psnr_interval_db[1]
     assert quantized.psnr_worst_db < quantized.psnr_db and 4 < quantized.bits_per_weight < 6
+    assert 0.5 < quantized.variation < 1.5 and 0 < quantized.frechet_of_means < quantized.frechet
     assert len(quantized.relative_l2_by_step) == SETTINGS.steps
     # The trajectory is of all five pictures: it ends in the result, but for sums in batches of another size.
     assert quantized.relative_l2_by_step[-1] == pytest.approx(quantized.relative_l2, rel=1e-2)
@@ -98,7 +100,9 @@ def test_results_are_strict_json():
         1.0,
         1.0,
         0.0,
+        1.0,
         [0.0],
+        None,
         None,
         None,
         None,
@@ -166,6 +170,13 @@ def test_other_models_beside_the_first(source, tmp_path, capsys):
     assert cli.main(["evaluate", str(source), str(quantized), "--out", str(out), *QUICK]) == 0
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows[str(quantized)]["psnr_db"] == rows["w8a8"]["psnr_db"] and rows[str(quantized)]["bits_per_weight"] > 8
+    # Quantized again another way: what was drawn of the former one is refused.
+    assert cli.main(["quantize", str(source), "--scheme", "w4a16_g32", "--out", str(tmp_path / "w4")]) == 0
+    shutil.rmtree(quantized)
+    (tmp_path / "w4").rename(quantized)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(source), str(quantized), "--out", str(out), *QUICK]) == 2
+    assert "holds samples with fingerprint = " in capsys.readouterr().err
     other = tmp_path / "other"
     small_dit(classes=4).save_pretrained(other)
     capsys.readouterr()

@@ -12,6 +12,8 @@ from ditq_kernels.evaluation.metrics import (
     frechet_distance,
     frechet_excess,
     interval,
+    mean_distance,
+    variation,
 )
 
 
@@ -25,6 +27,12 @@ def test_a_known_difference():
     assert float(found.psnr_db[1]) == pytest.approx(20.0, abs=1e-3)
     assert found.ssim.shape == (3,) and float(found.ssim[0]) == pytest.approx(1.0) and float(found.ssim[1]) < 1.0
     assert found.relative_l2 == pytest.approx(0.2 * 16 / (0.5 * math.sqrt(3 * 128)))
+
+
+def test_total_variation_of_stripes():
+    stripes = torch.full((2, 1, 4, 6), -1.0)
+    stripes[..., ::2] = 1.0
+    assert variation(stripes) == pytest.approx(4 * 5) and variation(torch.zeros(1, 1, 4, 4)) == 0
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,7 @@ def test_the_frechet_distance_of_gaussians():
     found = frechet_distance(features, base)
     assert found == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(base, base) < 1e-9
+    assert mean_distance(features, base) == pytest.approx(float(shift.square().sum()))
     with pytest.raises(ValueError, match="4 pictures are too few for the covariance of 4 features"):
         frechet_distance(features[:4], features)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_sources import small_dit
 
-from ditq_kernels.evaluation.samples import Request, draw, load, save_for_other_evaluators
+from ditq_kernels.evaluation.samples import Request, draw, fingerprint, load, save_for_other_evaluators
 from ditq_kernels.integrations.sampling import default_scheduler, sample
 
-REQUEST = Request("small", classes=3, count=7, first_seed=40, steps=3, guidance=2.0, batch=2)
+REQUEST = Request("small", "0123", classes=3, count=7, first_seed=40, steps=3, guidance=2.0, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in drawn.iterdir())
 
 
-@pytest.mark.parametrize("change", [dict(steps=4), dict(model="other"), dict(batch=3), dict(guidance=1.0)])
+@pytest.mark.parametrize(
+    "change", [dict(steps=4), dict(model="other"), dict(fingerprint="4567"), dict(batch=3), dict(guidance=1.0)]
+)
 def test_samples_of_something_else_are_refused(drawn, model, change):
     other = dataclasses.replace(REQUEST, **change)
     (name,) = change
     for call in (lambda: load(other, drawn), lambda: draw(other, model, default_scheduler(), drawn)):
         with pytest.raises(ValueError, match=f"holds samples with {name} = "):
             call()
+
+
+def test_a_fingerprint_tells_weights_and_schedulers_apart(model):
+    found = fingerprint(model, default_scheduler())
+    other = small_dit()
+    assert fingerprint(other, default_scheduler()) == found
+    with torch.no_grad():
+        other.proj_out_2.bias[0] = torch.nextafter(other.proj_out_2.bias[0], torch.tensor(9.0))
+    scheduler = default_scheduler()
+    changed = scheduler.from_config(scheduler.config, beta_end=0.03)
+    assert len({found, fingerprint(other, scheduler), fingerprint(model, changed)}) == 3
+    assert fingerprint(model.bfloat16(), scheduler) != found
+    model.float()
 
 
 def test_the_layout_of_other_evaluators(tmp_path):

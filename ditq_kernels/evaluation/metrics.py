@@ -56,6 +56,15 @@ def difference(pictures: torch.Tensor, original: torch.Tensor) -> Difference:
     )
 
 
+def variation(pictures: torch.Tensor) -> float:
+    """Total variation of a picture, mean over ``pictures``: the sum of the absolute differences of neighbouring
+    pixels, [0, 1] range.
+    """
+    from torchmetrics.functional.image import total_variation
+
+    return float(total_variation(to_unit_range(pictures).double(), reduction="mean"))
+
+
 def features_of(pictures: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """fp64 [N, D]: ``features`` of all pictures, a batch at a time."""
     with torch.no_grad():
@@ -92,6 +101,13 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     metric.update(reference, real=True)
     metric.update(features, real=False)
     return float(metric.compute())
+
+
+def mean_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """Squared distance of the means of [N, D] and [M, D]: one of the two terms of the Fréchet distance; the rest is the
+    covariances'.
+    """
+    return float((features.mean(0) - reference.mean(0)).square().sum())
 
 
 def frechet_excess(

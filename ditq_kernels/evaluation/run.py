@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .. import __version__
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
 from ..conversion import ROUNDINGS, quantize, quantized_layers
 from ..formats import Scheme
 from . import samples as on_disk
 from .layers import layer_snr_db
-from .metrics import classifier_score, difference, features_of, frechet_distance, frechet_excess, interval
-from .samples import Request
+from .metrics import (
+    classifier_score,
+    difference,
+    features_of,
+    frechet_distance,
+    frechet_excess,
+    interval,
+    mean_distance,
+    variation,
+)
+from .samples import Request, fingerprint
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -88,9 +98,12 @@ class Row:
 
     Attributes:
         psnr_db: mean over pictures, with a 95 % bootstrap interval; psnr_worst_db: of the worst picture.
+        variation: total variation (differences of neighbouring pixels) relative to the original's: above 1 is more
+            texture or noise, below 1 is blur.
         relative_l2_by_step: of the first few pictures, after each sampling step.
         layer_snr_db: by linear layer: of its output, fed what the original's layer is fed in the calibrated step.
-        frechet: Fréchet distance, by the judge's features, from the original's pictures of other seeds.
+        frechet: Fréchet distance, by the judge's features, from the original's pictures of other seeds;
+            frechet_of_means: its part that is the squared distance of the features' means.
         frechet_excess: how much more that is than of the original's, with a 95 % bootstrap interval.
         score: the judge's score (the inception score's formula); accuracy: share that it gives their class.
         bits_per_weight: of the quantized layers, scales included.
@@ -104,9 +117,11 @@ class Row:
     psnr_worst_db: float | None
     ssim: float | None
     relative_l2: float | None
+    variation: float | None
     relative_l2_by_step: list[float] | None
     layer_snr_db: dict[str, float] | None
     frechet: float | None
+    frechet_of_means: float | None
     frechet_excess: float | None
     frechet_excess_interval: tuple[float, float] | None
     score: float | None
@@ -179,6 +194,7 @@ class Evaluation:
         self.classes = model.config.num_embeds_ada_norm
         self._calibrations: dict[bool, Calibration] = {}
         self._seen: dict[Variant, torch.Tensor] = {}  # features
+        self._fingerprints: dict[Path | None, str] = {None: fingerprint(model, scheduler)}  # of sources, by directory
         self._last: tuple[Variant, nn.Module] | None = None
 
     def calibration(self, moments: bool) -> Calibration:
@@ -238,10 +254,13 @@ class Evaluation:
         """What is drawn of ``variant``."""
         settings = self.settings
         words = f"{self.source}: {variant.name}"
+        if variant.scheme is not None:
+            words += f" by ditq_kernels {__version__}"
         if variant.calibrated:
             words += f", calibrated at {settings.step} on {settings.calibration_pictures} pictures"
         return Request(
             model=words,
+            fingerprint=self._fingerprint(variant.directory),
             classes=self.classes,
             count=settings.pictures,
             first_seed=settings.first_seed + (OTHER_SEEDS if variant.other_seeds else 0),
@@ -249,6 +268,12 @@ class Evaluation:
             guidance=settings.guidance,
             batch=settings.batch,
         )
+
+    def _fingerprint(self, directory: Path | None) -> str:
+        if directory not in self._fingerprints:
+            model = self.variant_model(Variant(str(directory), directory=directory))
+            self._fingerprints[directory] = fingerprint(model, self.scheduler)
+        return self._fingerprints[directory]
 
     def folder(self, variant: Variant) -> Path:
         """Where its samples lie."""
@@ -283,6 +308,7 @@ class Evaluation:
             psnr_worst_db=None if found is None else float(found.psnr_db.min()),
             ssim=None if found is None else float(found.ssim.mean()),
             relative_l2=None if found is None else found.relative_l2,
+            variation=None if found is None else variation(drawn) / variation(original),
             relative_l2_by_step=None if found is None else self._by_step(variant, model),
             layer_snr_db=None if variant == ORIGINAL or variant.other_seeds else self._by_layer(model),
             bits_per_weight=8 * sum(layer.nbytes for layer in layers) / weights if weights else None,
@@ -310,12 +336,14 @@ class Evaluation:
         return self._seen[variant]
 
     def _judged(self, drawn: torch.Tensor, variant: Variant) -> dict[str, float | None]:
-        distances = dict(frechet=None, frechet_excess=None, frechet_excess_interval=None)
+        distances = dict(frechet=None, frechet_of_means=None, frechet_excess=None, frechet_excess_interval=None)
         if self.judge is None:
             return dict(**distances, score=None, accuracy=None)
         if len(drawn) > self.judge.num_features:
             features, original, other = (self._features(one) for one in (variant, ORIGINAL, NOISE_FLOOR[0]))
-            distances["frechet"] = frechet_distance(features, original if variant.other_seeds else other)
+            reference = original if variant.other_seeds else other
+            distances["frechet"] = frechet_distance(features, reference)
+            distances["frechet_of_means"] = mean_distance(features, reference)
             if variant != ORIGINAL and not variant.other_seeds:
                 excess, bounds = frechet_excess(features, original, other)
                 distances.update(frechet_excess=excess, frechet_excess_interval=bounds)

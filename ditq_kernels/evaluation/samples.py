@@ -4,6 +4,7 @@ again, and several processes share the batches.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -27,7 +28,9 @@ class Request:
     """What is drawn. Every picture has a seed of its own and does not depend on who draws which batch.
 
     Attributes:
-        model: what the model is, in words that differ wherever the model does: its source, scheme and rounding.
+        model: what the model is, in words: its source, scheme and rounding.
+        fingerprint: of its weights and of its scheduler, so that samples of a model that has changed since are not
+            taken for its own.
         classes: classes taken in turn.
         count: pictures.
         first_seed: of the first picture; the others follow.
@@ -36,6 +39,7 @@ class Request:
     """
 
     model: str
+    fingerprint: str
     classes: int
     count: int
     first_seed: int
@@ -60,6 +64,17 @@ class Request:
         return directory / f"{batch.start:07d}.safetensors"
 
 
+def fingerprint(model: nn.Module, scheduler: SchedulerMixin) -> str:
+    """A digest of all that ``model`` holds, bit for bit, and of how ``scheduler`` is configured."""
+    # diffusers' own notes begin with _, and the order of some differs between processes.
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    found = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def _agree(request: Request, directory: Path) -> None:
     """Note in ``directory`` what it holds samples of.
 
@@ -74,7 +89,7 @@ def _agree(request: Request, directory: Path) -> None:
             if found.get(name) != value:
                 raise ValueError(
                     f"{directory} holds samples with {name} = {found.get(name)}, and {value} is asked for; choose "
-                    "another directory, or remove it"
+                    "another directory, or remove this one"
                 )
         return
     directory.mkdir(parents=True, exist_ok=True)
