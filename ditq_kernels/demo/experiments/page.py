@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import textwrap
 import uuid
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,16 @@ def load(directory: Path) -> dict[str, Records]:
     return found
 
 
+def _filled(text: str) -> str:
+    """Paragraphs filled again after values took their places; tables, lists and code as they are."""
+    blocks = text.split("\n\n")
+    prose = re.compile(r"[^#|!\s-]")
+    filled = (textwrap.fill(b, 120, break_long_words=False, break_on_hyphens=False) for b in map(str.rstrip, blocks))
+    return (
+        "\n\n".join(new if prose.match(old) else old for old, new in zip(blocks, filled, strict=True)).rstrip() + "\n"
+    )
+
+
 def render(directory: Path) -> str:
     """The page's text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -60,7 +72,7 @@ def render(directory: Path) -> str:
         low, high = row["frechet_excess_interval"]
         return f"{row['frechet_excess']:+.4f} ({low:+.4f} to {high:+.4f})"
 
-    return environment.get_template(TEMPLATE).render(
+    text = environment.get_template(TEMPLATE).render(
         records=records,
         tables=tables,
         results=results,
@@ -69,6 +81,7 @@ def render(directory: Path) -> str:
         evaluated=evaluated,
         shown=[variant.name for variant in combinations.shown()],
     )
+    return _filled(text)
 
 
 def write(directory: Path) -> Path:

@@ -224,8 +224,17 @@ def distribution(results: Mapping[str, Any]) -> str:
             low, high = row["frechet_excess_interval"]
             excess = f"{row['frechet_excess']:+.4f} ({low:+.4f} to {high:+.4f})"
         psnr = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
-        lines.append(
-            (row["name"], f"{row['frechet']:.4f}", excess, psnr, f"{row['score']:.3f}", f"{row['accuracy']:.1%}")
-        )
-    header = ("", "Fréchet distance", "more than the original's", "PSNR dB", "score", "accuracy")
+        distance = f"{row['frechet']:.4f} ({row['frechet_of_means']:.4f})"
+        variation = "-" if row["variation"] is None else f"{row['variation']:.3f}"
+        judged = f"{row['score']:.3f}", f"{row['accuracy']:.1%}"
+        lines.append((row["name"], distance, excess, variation, psnr, *judged))
+    header = (
+        "",
+        "Fréchet distance (of means)",
+        "more than the original's",
+        "variation",
+        "PSNR dB",
+        "score",
+        "accuracy",
+    )
     return markdown(header, lines)
