@@ -7,6 +7,7 @@ import os
 import re
 import textwrap
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,9 @@ def load(directory: Path) -> dict[str, Records]:
 
 def _filled(text: str) -> str:
     """Paragraphs filled again after values took their places; tables, lists and code as they are."""
-    blocks = text.split("\n\n")
-    prose = re.compile(r"[^#|!\s-]")
-    filled = (textwrap.fill(b, 120, break_long_words=False, break_on_hyphens=False) for b in map(str.rstrip, blocks))
-    return (
-        "\n\n".join(new if prose.match(old) else old for old, new in zip(blocks, filled, strict=True)).rstrip() + "\n"
-    )
+    fill = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
+    blocks = text.strip().split("\n\n")
+    return "\n\n".join(fill(block) if re.match(r"[^#|!\s-]", block) else block for block in blocks) + "\n"
 
 
 def render(directory: Path) -> str:
