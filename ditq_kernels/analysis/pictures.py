@@ -159,7 +159,7 @@ def draw_shapes(analysis: Analysis) -> bytes:
         "attention probabilities": {name: seen.probabilities for name, seen in analysis.observation.attention.items()},
     }
     panels = {title: curves for title, curves in panels.items() if curves}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 5.0), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(panels), figsize=(9.5, 2.9 * len(panels)), squeeze=False, layout="constrained")
     edges = torch.tensor([edge(index) for index in range(BINS)])
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         names = list(curves)[:: max(1, math.ceil(len(curves) / MOST_CURVES))]
@@ -177,5 +177,5 @@ def draw_shapes(analysis: Analysis) -> bytes:
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
         axis.set_xlim(2.0**-SHOWN_OCTAVES, None)
-        axis.legend(fontsize=5, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
     return _png(figure)
