@@ -162,6 +162,25 @@ def test_models_without_linear_layers_and_infinite_inputs_are_refused():
 
     with pytest.raises(ValueError, match="input of embedder holds NaN or infinite values in step 2"):
         observe_run(model, run, progress=False)
+    model = tiny_dit()
+    with torch.no_grad():
+        model.transformer_blocks[0].attn1.to_k.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"attention transformer_blocks.0.attn1 holds NaN .* in step 0; analyze in a"):
+        observe_run(model, lambda: model(*dit_inputs()), progress=False)
+
+
+def test_layers_that_no_run_calls_are_refused():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.layer.weight)
+
+    model = Aside()
+    with pytest.raises(ValueError, match="called the Aside, but none of its linear layers"):
+        analyze(model, lambda: model(torch.ones(1, 32)), ["w8a8"], progress=False)
 
 
 # Weights
@@ -251,6 +270,11 @@ def test_exceptions_hold_much_error_in_few_weights():
     losses = {name: {scheme: Loss(20.0, 1e-6 * weights[name] ** 0.5)} for name in forms}
     assert max(weights, key=weights.get) == large
     assert recommended_plan(model, scheme, losses, forms)[1] == ()
+    # A layer that spoils the pictures is the first exception, and hides no other.
+    losses[small][scheme], losses[large][scheme] = Loss(20.0, math.inf), Loss(20.0, 0.1)
+    chosen, exceptions = recommended_plan(model, scheme, losses, forms)
+    assert exceptions == (small, large) and chosen[small].reason == "alone it makes the pictures NaN or infinite"
+    assert relative_error(torch.tensor([torch.nan]), torch.ones(1)) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,16 +106,21 @@ def recommended_plan(model: nn.Module, scheme: str, losses: Losses, forms: Forms
         for entry in chosen.quantized()
         if losses.get(entry.name, {}).get(scheme) and losses[entry.name][scheme].picture_error is not None
     }
-    total = sum(squared.values())
+    total = sum(value for value in squared.values() if math.isfinite(value))
     weights = sum(entry.weights for entry in chosen.quantized())
     for name in sorted(squared, key=squared.get, reverse=True):
         share, of_weights = squared[name] / max(total, 1e-300), chosen[name].weights / weights
-        if share < TIMES_THE_SHARE * max(of_weights, 1 / len(squared)):
+        spoils = math.isinf(squared[name])
+        if not spoils and share < TIMES_THE_SHARE * max(of_weights, 1 / len(squared)):
             continue
         better = gentler(forms[name][scheme])
         if better and chosen[name].in_features < (Scheme.parse(better).weight.group or 0):
             better = None
-        reason = f"alone it makes {share:.0%} of the pictures' squared error, with {of_weights:.1%} of the weights"
+        reason = (
+            "alone it makes the pictures NaN or infinite"
+            if spoils
+            else f"alone it makes {share:.0%} of the pictures' squared error, with {of_weights:.1%} of the weights"
+        )
         chosen.set(name, better, reason)
         exceptions.append(name)
     return chosen, tuple(exceptions)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,16 @@ class AttentionStatistics:
     largest: float = 0.0
 
     def add(self, query: torch.Tensor, key: torch.Tensor, heads: int) -> None:
-        """``query`` and ``key`` [B, T, heads * d] as projected; the first sample's are taken."""
+        """``query`` and ``key`` [B, T, heads * d] as projected; the first sample's are taken.
+
+        Raises:
+            ValueError: if they are not finite.
+        """
         query, key = (part.detach()[0].to(torch.float32).unflatten(-1, (heads, -1)) for part in (query, key))
         picked = torch.linspace(0, len(query) - 1, min(len(query), ATTENTION_ROWS), device=query.device).long()
         scores = torch.einsum("qhd,khd->hqk", query[picked], key) * query.shape[-1] ** -0.5
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("queries or keys hold NaN or infinite values")
         probabilities = scores.softmax(-1)
         self.probabilities.add(probabilities)
         self.rows += probabilities.shape[0] * probabilities.shape[1]
@@ -70,12 +76,18 @@ class _RunObserver:
         self.progress()
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        try:
+        with self.not_finite(f"the input of {name}"):
             self.observation.inputs.setdefault(name, InputStatistics()).add(x, self.step)
+
+    @contextmanager
+    def not_finite(self, what: str) -> Iterator[None]:
+        """Errors of statistics that were given NaN or infinite values, with their place and a way out."""
+        try:
+            yield
         except ValueError:
             raise ValueError(
-                f"the input of {name} holds NaN or infinite values in step {self.step}; "
-                "analyze in a wider dtype (bfloat16 or float32)"
+                f"{what} holds NaN or infinite values in step {self.step}; analyze in a wider dtype (bfloat16 or "
+                "float32)"
             ) from None
 
 
@@ -103,8 +115,8 @@ def observe_run(
     steps, but for two numbers per layer and step.
 
     Raises:
-        ValueError: for a model without linear layers, a run that never calls it, a number of calls that is no multiple
-            of ``calls_per_step``, and inputs that are not finite, naming layer and step.
+        ValueError: for a model without linear layers, a run that calls neither it nor one of them, a number of calls
+            that is no multiple of ``calls_per_step``, and inputs that are not finite, naming layer and step.
     """
     from tqdm import tqdm
 
@@ -124,24 +136,31 @@ def observe_run(
     observation = Observation(calls // calls_per_step, calls_per_step)
     bar = tqdm(total=calls, desc="observe", unit="call", file=sys.stderr, leave=False, disable=not progress)
     with bar, ExitStack() as hooks:
+        observer = _RunObserver(observation, bar.update)
         for name, module in attention_modules(model).items():
             observation.attention[name] = AttentionStatistics()
-            _watch_attention(module, observation.attention[name], hooks)
-        observe_calls(model, run, 0, calls, _RunObserver(observation, bar.update))
+            _watch_attention(name, module, observer, hooks)
+        observe_calls(model, run, 0, calls, observer)
+    if not observation.inputs:
+        raise ValueError(
+            f"the run called the {type(model).__name__}, but none of its linear layers; layers whose weights are used "
+            "without calling them cannot be analyzed, nor quantized"
+        )
     observation.not_called = [name for name in layers if name not in observation.inputs]
     observation.attention = {name: found for name, found in observation.attention.items() if found.rows}
     return observation
 
 
-def _watch_attention(module: nn.Module, statistics: AttentionStatistics, hooks: ExitStack) -> None:
+def _watch_attention(name: str, module: nn.Module, observer: _RunObserver, hooks: ExitStack) -> None:
     """Hooks on both projections: whichever is called last completes the pair."""
+    statistics = observer.observation.attention[name]
     projected: dict[str, torch.Tensor] = {}
 
     def keep(part: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
             projected[part] = output
             if len(projected) == 2:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), observer.not_finite(f"the attention {name}"):
                     statistics.add(projected["q"], projected["k"], module.heads)
                 projected.clear()
 

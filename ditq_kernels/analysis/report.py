@@ -161,7 +161,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Analysis], bytes | None]], ...] = (
     (
         "Noise in each layer's output",
         "Each layer alone in each scheme, on the observed step: the power of its output over that of the error. 6 dB "
-        "are one bit.",
+        "are one bit. Static ranges are those of the same step and pictures; on others they fit somewhat worse.",
         pictures.draw_snr,
     ),
     (
@@ -245,7 +245,12 @@ def plan_text(analysis: Analysis) -> str:
 
 
 def check_target(directory: Path) -> None:
-    """Raise FileExistsError if ``directory`` is there already."""
+    """Raise FileExistsError if ``directory`` is there already, and ModuleNotFoundError without what draws the page:
+    before a long run, not after it.
+    """
+    import jinja2  # noqa: F401
+    import matplotlib  # noqa: F401
+
     if directory.exists():
         raise FileExistsError(f"{directory} exists already; choose another --out, or remove it")
 

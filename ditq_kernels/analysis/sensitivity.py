@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Loss:
     Attributes:
         snr_db: signal-to-noise ratio of the layer's output over the observed step.
         picture_error: relative L2 distance of the run's result, the layer alone quantized, from the original's of the
-            same seeds; None where it was not drawn.
+            same seeds; infinite where that result is not finite; None where it was not drawn.
     """
 
     snr_db: float
@@ -111,7 +112,9 @@ def output_losses(
 
 
 def relative_error(changed: torch.Tensor, original: torch.Tensor) -> float:
-    """Norm of the difference over the norm of ``original``."""
+    """Norm of the difference over the norm of ``original``; infinite if ``changed`` is not finite."""
+    if not bool(torch.isfinite(changed).all()):
+        return math.inf
     return float((changed.double() - original.double()).norm() / original.double().norm())
 
 
@@ -129,6 +132,8 @@ def draw_losses(
     from tqdm import tqdm
 
     original = draw()
+    if not bool(torch.isfinite(original).all()):
+        raise ValueError("the model's own result holds NaN or infinite values; analyze in a wider dtype")
     drawn: Losses = {}
     jobs = [(name, scheme) for name, of_layer in losses.items() for scheme in of_layer]
     for name, asked in tqdm(jobs, desc="one by one", unit="run", file=sys.stderr, leave=False, disable=not progress):
@@ -148,6 +153,10 @@ def squared_errors(losses: Losses, forms: Forms) -> dict[str, dict[str, float]]:
     ``ditq.plan(model, budget_bits=..., errors=...)`` takes.
     """
     return {
-        name: {forms[name][asked]: loss.picture_error**2 for asked, loss in of_layer.items() if loss.picture_error}
+        name: {
+            forms[name][asked]: loss.picture_error**2
+            for asked, loss in of_layer.items()
+            if loss.picture_error is not None
+        }
         for name, of_layer in losses.items()
     }
