@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from small_sources import small_dit
+from safetensors.torch import load_file
+from small_sources import small_dit, small_pipeline
+from torch.testing import assert_close
 
 from ditq_kernels import cli
 from ditq_kernels.evaluation import report
@@ -90,11 +93,26 @@ def test_the_original_is_left_as_it_was(evaluation):
         assert torch.equal(mine, theirs)
 
 
+def test_pictures_that_are_not_finite_have_a_row_without_measures(evaluation, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    directory = shutil.copytree(evaluation.directory, tmp_path / "samples")
+    spoiled = Evaluation(evaluation.model, evaluation.scheduler, "small", SETTINGS, directory, JUDGE)
+    path = sorted(spoiled.folder(COMPENSATED).glob("*.safetensors"))[-1]
+    drawn = load_file(path)
+    drawn["samples"][0, 0, 0, 0] = math.nan
+    save_file(drawn, path)
+    row = spoiled.row(COMPENSATED)
+    assert not row.finite and (row.psnr_db, row.frechet, row.accuracy) == (None, None, None)
+    assert f"{COMPENSATED.name}: its pictures hold NaN" in report.table([row], None)
+
+
 def test_results_are_strict_json():
     row = Row(
         "same",
         "w8a8",
         "nearest",
+        True,
         math.inf,
         (math.inf, math.inf),
         1.0,
@@ -158,9 +176,26 @@ def test_two_processes_draw_the_same_pictures(source, evaluated, tmp_path):
     assert drawn_by == {"0 of 2", "1 of 2"}
     one, two = (json.loads((out / "results.json").read_text()) for out in (evaluated, tmp_path / "two"))
     assert [row["name"] for row in one["rows"]] == [row["name"] for row in two["rows"]]
-    for mine, theirs in zip(one["rows"][1:], two["rows"][1:], strict=True):
+    for mine in (evaluated / "samples").rglob("*.safetensors"):
+        theirs = tmp_path / "two" / mine.relative_to(evaluated)
         # Fewer threads add in another order.
-        assert mine["relative_l2"] == pytest.approx(theirs["relative_l2"], rel=1e-2)
+        assert_close(load_file(mine)["samples"], load_file(theirs)["samples"], rtol=1e-3, atol=1e-3)
+
+
+def test_latents_are_judged_by_their_pictures(tmp_path, capsys):
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    arguments = ("--out", str(tmp_path / "out"), "--npz", *QUICK)
+    assert cli.main(["evaluate", str(tmp_path / "pipeline"), *arguments]) == 0
+    with np.load(tmp_path / "out" / "original--other-seeds.npz") as found:
+        assert found["arr_0"].shape == (4, 16, 16, 3)  # latents are 4 x 8 x 8
+        of_pictures = found["arr_0"].astype(float) / 255
+    with np.load(tmp_path / "out" / "original.npz") as found:
+        noise = ((found["arr_0"].astype(float) / 255 - of_pictures) ** 2).mean((1, 2, 3))
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert rows["original, other seeds"]["psnr_db"] == pytest.approx(float((-10 * np.log10(noise)).mean()), abs=0.05)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "pipeline" / "transformer"), *arguments]) == 2
+    assert "has no autoencoder to decode them" in capsys.readouterr().err
 
 
 def test_other_models_beside_the_first(source, tmp_path, capsys):

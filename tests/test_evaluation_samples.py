@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_sources import small_dit
 
+import ditq_kernels as ditq
 from ditq_kernels.evaluation.samples import Request, draw, fingerprint, load, save_for_other_evaluators
 from ditq_kernels.integrations.sampling import default_scheduler, sample
 
@@ -80,13 +81,17 @@ def test_a_fingerprint_tells_weights_and_schedulers_apart(model):
     scheduler = default_scheduler()
     changed = scheduler.from_config(scheduler.config, beta_end=0.03)
     assert len({found, fingerprint(other, scheduler), fingerprint(model, changed)}) == 3
-    assert fingerprint(model.bfloat16(), scheduler) != found
-    model.float()
+    assert fingerprint(small_dit().bfloat16(), scheduler) != found
+    # The same bytes are another model where they are multiplied another way.
+    quantized = [small_dit(heads=4, head_dim=32) for _ in range(2)]
+    for one, scheme in zip(quantized, ("w4a8_g32", "w4a16_g32"), strict=True):
+        ditq.quantize(one, scheme, progress=False)
+    assert len({fingerprint(one, scheduler) for one in quantized}) == 2
 
 
 def test_the_layout_of_other_evaluators(tmp_path):
     pictures = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
-    save_for_other_evaluators(pictures, [3, 1], tmp_path / "samples.npz")
+    save_for_other_evaluators(pictures.split(1), [3, 1], tmp_path / "samples.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     with np.load(tmp_path / "samples.npz") as found:
         assert found["arr_0"].shape == (2, 4, 4, 3) and found["arr_0"].dtype == np.uint8

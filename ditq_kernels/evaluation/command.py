@@ -13,19 +13,28 @@ from ..conversion import ROUNDINGS
 if TYPE_CHECKING:
     from .run import Judge
 
+COLUMNS = 10  # of pictures.png
 
-def _processes() -> tuple[int, int, Callable[[], Any]]:
-    """(this process, how many, a barrier), as ``accelerate launch`` started them."""
+
+def _processes(device: str) -> tuple[int, int, str, Callable[[], Any]]:
+    """(this process, how many, its device, a barrier), as ``accelerate launch`` started them.
+
+    Raises:
+        ValueError: if ``device`` is one of several GPUs: each process takes its own.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
-    import torch
+        return 0, 1, device, lambda: None
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would see one process unless told
-    return state.process_index, state.num_processes, state.wait_for_everyone
+    if ":" in device:
+        raise ValueError(f"each of several processes takes a GPU of its own; leave --device {device} out")
+    state = PartialState(cpu=device == "cpu")  # without a GPU it would see one process unless told
+    return state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
 
 
 def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], Judge | None]) -> int:
+    import torch
+    import torchmetrics  # noqa: F401  a missing one is said before the drawing, not after it
     from tqdm import tqdm
 
     from .. import __version__
@@ -37,17 +46,20 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
 
     first, *others = args.sources
     wanted = list(variants(args.schemes, [Path(other) for other in others], args.rounding))
-    source = load_source(first, device=device)
+    process, processes, device, wait = _processes(device)
+    source = load_source(first, device=device, with_vae=True)
     name = type(source.transformer).__name__
     if name != "DiTTransformer2DModel":
         raise ValueError(f"this command samples only DiTTransformer2DModel, and {first} holds a {name}")
+    source.check_decodable()
     source.transformer.float()
-    process, processes, wait = _processes()
     settings = Settings(args.samples, args.steps, args.guidance, min(args.batch, args.samples), args.seed)
     judge = judge_of(source.transformer)
     scheduler = source.scheduler or default_scheduler()
     where = args.out / "samples"
-    evaluation = Evaluation(source.transformer, scheduler, str(first), settings, where, judge, process, processes)
+    evaluation = Evaluation(
+        source.transformer, scheduler, str(first), settings, where, judge, source.decode, process, processes
+    )
     for variant in tqdm(wanted, desc="draw", unit="model", disable=process > 0):
         evaluation.draw(variant)
     wait()
@@ -66,15 +78,19 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     report.write_json(rows, about, args.out / "results.json")
     report.draw_steps(rows, args.out / "steps.png")
     report.draw_layers(rows, args.out / "layers.png")
-    columns = min(10, args.samples)
-    drawn = [evaluation.samples(variant) for variant in wanted]
-    if source.vae is None and source.transformer.config.in_channels in (1, 3):
-        save_grid(report.grid(drawn, columns), columns, args.out / "pictures.png")
-        if args.npz:
-            for variant, pictures in zip(wanted, drawn, strict=True):
-                path = args.out / f"{evaluation.folder(variant).name}.npz"
-                save_for_other_evaluators(pictures, evaluation.request(variant).labels, path)
+    columns = min(COLUMNS, args.samples)
+    shown = torch.cat([evaluation.first_pictures(variant, columns) for variant in wanted])
+    save_grid(shown, columns, args.out / "pictures.png")
+    if args.npz:
+        for variant in wanted:
+            path = args.out / f"{evaluation.folder(variant).name}.npz"
+            save_for_other_evaluators(evaluation.pictures(variant), evaluation.request(variant).labels, path)
     print(report.table(rows, judge and judge.name))
+    if judge and args.samples <= judge.num_features:
+        print(
+            f"No Fréchet distance: {args.samples} pictures are too few for the covariance of {judge.num_features} "
+            f"features; draw at least {judge.num_features + 1}, better ten times as many."
+        )
     print("\nthe rows of pictures.png are those above")
     print("  ".join(str(args.out / name) for name in ("results.json", "pictures.png", "steps.png", "layers.png")))
     return 0

@@ -6,13 +6,14 @@ torchmetrics computes what it knows; pictures are fp32 [B, C, H, W] in [-1, 1] t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-BATCH = 500  # pictures that a classifier sees at once
+MOST_PICKED = 1 << 22  # values that a bootstrap holds at once
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,29 @@ class Difference:
     Attributes:
         psnr_db: of each picture, [0, 1] range; infinite where nothing differs.
         ssim: structural similarity of each picture.
-        relative_l2: norm of the difference over that of the original, all pictures together.
+        signal, noise: sums of squares of the original and of the difference.
     """
 
     psnr_db: torch.Tensor
     ssim: torch.Tensor
-    relative_l2: float
+    signal: float
+    noise: float
+
+    @property
+    def relative_l2(self) -> float:
+        """Norm of the difference over that of the original, all pictures together."""
+        return math.sqrt(self.noise / self.signal)
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Difference:
+        """Of pictures and originals that come in batches; ValueError as :func:`difference`."""
+        found = [difference(pictures, original) for pictures, original in batches]
+        return cls(
+            torch.cat([batch.psnr_db for batch in found]),
+            torch.cat([batch.ssim for batch in found]),
+            sum(batch.signal for batch in found),
+            sum(batch.noise for batch in found),
+        )
 
 
 def to_unit_range(pictures: torch.Tensor) -> torch.Tensor:
@@ -52,23 +70,25 @@ def difference(pictures: torch.Tensor, original: torch.Tensor) -> Difference:
     return Difference(
         peak_signal_noise_ratio(shown, reference, data_range=1.0, dim=(1, 2, 3), reduction="none"),
         structural_similarity_index_measure(shown, reference, data_range=1.0, reduction="none"),
-        float((pictures.double() - original.double()).norm() / original.double().norm()),
+        float(original.double().square().sum()),
+        float((pictures.double() - original.double()).square().sum()),
     )
 
 
-def variation(pictures: torch.Tensor) -> float:
-    """Total variation of a picture, mean over ``pictures``: the sum of the absolute differences of neighbouring
-    pixels, [0, 1] range.
+def variation(batches: Iterable[torch.Tensor]) -> float:
+    """Total variation of a picture, mean over those of all ``batches``: the sum of the absolute differences of
+    neighbouring pixels, [0, 1] range.
     """
     from torchmetrics.functional.image import total_variation
 
-    return float(total_variation(to_unit_range(pictures).double(), reduction="mean"))
+    of_each = [total_variation(to_unit_range(batch).double(), reduction="none") for batch in batches]
+    return float(torch.cat(of_each).mean())
 
 
-def features_of(pictures: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """fp64 [N, D]: ``features`` of all pictures, a batch at a time."""
+def features_of(batches: Iterable[torch.Tensor], features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """fp64 [N, D]: ``features`` of the pictures of all ``batches``."""
     with torch.no_grad():
-        return torch.cat([features(batch).double() for batch in pictures.split(BATCH)])
+        return torch.cat([features(batch).double() for batch in batches])
 
 
 class _Identity(nn.Module):
@@ -152,7 +172,14 @@ def interval(values: torch.Tensor, resamples: int = 2000, level: float = 0.95, s
     if len(values) < 2:
         raise ValueError("an interval needs at least two values")
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values.double()[picked].mean(1)
+    values, at_once = values.double(), max(1, MOST_PICKED // len(values))
+    means = torch.cat(
+        [
+            values[torch.randint(len(values), (min(at_once, resamples - done), len(values)), generator=generator)].mean(
+                1
+            )
+            for done in range(0, resamples, at_once)
+        ]
+    )
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high

@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .run import NOISE_FLOOR, Row
 
 FORMAT_VERSION = 1
@@ -55,6 +53,7 @@ def table(rows: Sequence[Row], judge: str | None) -> str:
                 f"{'-' if row.accuracy is None else format(row.accuracy, '8.1%'):>8}"
             )
         lines.append(line)
+    lines += [f"{row.name}: its pictures hold NaN or infinite values" for row in rows if not row.finite]
     lines.append("SNR: of the outputs of the linear layers in one step, their mean.")
     if judge:
         lines.append(
@@ -124,8 +123,3 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def grid(samples: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
-    """The first ``columns`` pictures of each variant, a row each."""
-    return torch.cat([drawn[:columns] for drawn in samples])

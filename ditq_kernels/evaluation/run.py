@@ -15,11 +15,12 @@ from .. import __version__
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
 from ..conversion import ROUNDINGS, quantize, quantized_layers
 from ..formats import Scheme
+from ..quantizer import DEFAULT_ZERO_POINT
 from . import samples as on_disk
 from .layers import layer_snr_db
 from .metrics import (
+    Difference,
     classifier_score,
-    difference,
     features_of,
     frechet_distance,
     frechet_excess,
@@ -94,9 +95,11 @@ class Judge:
 @dataclass(frozen=True)
 class Row:
     """What one variant came out as. Differences are to the original's pictures of the same seeds; for other seeds they
-    say what a different picture of the same class is.
+    say what a different picture of the same class is. Where pictures are decoded from latents, everything is of
+    pictures, but for what is said by step and by layer.
 
     Attributes:
+        finite: whether its pictures hold no NaN and no infinite value; if they do, they have no measures.
         psnr_db: mean over pictures, with a 95 % bootstrap interval; psnr_worst_db: of the worst picture.
         variation: total variation (differences of neighbouring pixels) relative to the original's: above 1 is more
             texture or noise, below 1 is blur.
@@ -112,6 +115,7 @@ class Row:
     name: str
     scheme: str | None
     rounding: str | None
+    finite: bool
     psnr_db: float | None
     psnr_interval_db: tuple[float, float] | None
     psnr_worst_db: float | None
@@ -175,6 +179,7 @@ class Evaluation:
         model: the original, in fp32; it is left as it was.
         source: what it is called in the samples' settings.
         directory: where the samples lie, a folder for each variant; what is there already is not drawn again.
+        decode: makes pictures in [-1, 1] of what is sampled; None: it is pictures.
         process, processes: this process, of how many that share the drawing.
     """
 
@@ -186,14 +191,17 @@ class Evaluation:
         settings: Settings,
         directory: Path,
         judge: Judge | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         process: int = 0,
         processes: int = 1,
     ) -> None:
         self.model, self.scheduler, self.source, self.settings = model, scheduler, source, settings
         self.directory, self.judge, self.process, self.processes = directory, judge, process, processes
+        self.decode = decode or (lambda samples: samples)
         self.classes = model.config.num_embeds_ada_norm
         self._calibrations: dict[bool, Calibration] = {}
         self._seen: dict[Variant, torch.Tensor] = {}  # features
+        self._variations: dict[Variant, float] = {}
         self._fingerprints: dict[Path | None, str] = {None: fingerprint(model, scheduler)}  # of sources, by directory
         self._last: tuple[Variant, nn.Module] | None = None
 
@@ -255,7 +263,7 @@ class Evaluation:
         settings = self.settings
         words = f"{self.source}: {variant.name}"
         if variant.scheme is not None:
-            words += f" by ditq_kernels {__version__}"
+            words += f" by ditq_kernels {__version__}, zero points {DEFAULT_ZERO_POINT}"
         if variant.calibrated:
             words += f", calibrated at {settings.step} on {settings.calibration_pictures} pictures"
         return Request(
@@ -288,14 +296,24 @@ class Evaluation:
         model, shown = self.variant_model(variant), self.process == 0
         return on_disk.draw(request, model, self.scheduler, folder, **share, progress=shown)
 
-    def samples(self, variant: Variant) -> torch.Tensor:
-        """All samples of ``variant``; they must have been drawn."""
-        return on_disk.load(self.request(variant), self.folder(variant))
+    def pictures(self, variant: Variant) -> Iterator[torch.Tensor]:
+        """Batches of all pictures of ``variant``; they must have been drawn."""
+        return map(self.decode, on_disk.batches(self.request(variant), self.folder(variant)))
+
+    def first_pictures(self, variant: Variant, count: int) -> torch.Tensor:
+        """The first ``count`` of :meth:`pictures`."""
+        found: list[torch.Tensor] = []
+        for batch in self.pictures(variant):
+            found.append(batch)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
 
     def row(self, variant: Variant) -> Row:
         """Judge what was drawn of ``variant``, and of the original and its other seeds."""
-        drawn, original = self.samples(variant), self.samples(ORIGINAL)
-        found = None if variant == ORIGINAL else difference(drawn, original)
+        finite = all(bool(torch.isfinite(batch).all()) for batch in self.pictures(variant))
+        pairs = zip(self.pictures(variant), self.pictures(ORIGINAL), strict=True)
+        found = Difference.of_batches(pairs) if finite and variant != ORIGINAL else None
         model = self.variant_model(variant)
         layers = quantized_layers(model).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -303,17 +321,23 @@ class Evaluation:
             name=variant.name,
             scheme=variant.scheme,
             rounding=variant.rounding if variant.scheme else None,
+            finite=finite,
             psnr_db=None if found is None else float(found.psnr_db.mean()),
-            psnr_interval_db=None if found is None or len(drawn) < 2 else interval(found.psnr_db),
+            psnr_interval_db=None if found is None or self.settings.pictures < 2 else interval(found.psnr_db),
             psnr_worst_db=None if found is None else float(found.psnr_db.min()),
             ssim=None if found is None else float(found.ssim.mean()),
             relative_l2=None if found is None else found.relative_l2,
-            variation=None if found is None else variation(drawn) / variation(original),
+            variation=None if found is None else self._variation(variant) / self._variation(ORIGINAL),
             relative_l2_by_step=None if found is None else self._by_step(variant, model),
             layer_snr_db=None if variant == ORIGINAL or variant.other_seeds else self._by_layer(model),
             bits_per_weight=8 * sum(layer.nbytes for layer in layers) / weights if weights else None,
-            **self._judged(drawn, variant),
+            **self._judged(variant, finite),
         )
+
+    def _variation(self, variant: Variant) -> float:
+        if variant not in self._variations:
+            self._variations[variant] = variation(self.pictures(variant))
+        return self._variations[variant]
 
     def _by_step(self, variant: Variant, model: nn.Module) -> list[float]:
         settings, seed = self.settings, self.request(variant).first_seed
@@ -332,14 +356,14 @@ class Evaluation:
 
     def _features(self, variant: Variant) -> torch.Tensor:
         if variant not in self._seen:
-            self._seen[variant] = features_of(self.samples(variant), self.judge.features)
+            self._seen[variant] = features_of(self.pictures(variant), self.judge.features)
         return self._seen[variant]
 
-    def _judged(self, drawn: torch.Tensor, variant: Variant) -> dict[str, float | None]:
+    def _judged(self, variant: Variant, finite: bool) -> dict[str, float | None]:
         distances = dict(frechet=None, frechet_of_means=None, frechet_excess=None, frechet_excess_interval=None)
-        if self.judge is None:
+        if self.judge is None or not finite:
             return dict(**distances, score=None, accuracy=None)
-        if len(drawn) > self.judge.num_features:
+        if self.settings.pictures > self.judge.num_features:
             features, original, other = (self._features(one) for one in (variant, ORIGINAL, NOISE_FLOOR[0]))
             reference = original if variant.other_seeds else other
             distances["frechet"] = frechet_distance(features, reference)
@@ -347,7 +371,7 @@ class Evaluation:
             if variant != ORIGINAL and not variant.other_seeds:
                 excess, bounds = frechet_excess(features, original, other)
                 distances.update(frechet_excess=excess, frechet_excess_interval=bounds)
-        logits = torch.cat([self.judge.logits(batch) for batch in drawn.split(500)])
+        logits = torch.cat([self.judge.logits(batch) for batch in self.pictures(variant)])
         labels = torch.tensor(self.request(variant).labels)
         return dict(
             **distances,

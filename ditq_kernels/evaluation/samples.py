@@ -9,13 +9,15 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from ..conversion import quantized_layers
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -65,10 +67,15 @@ class Request:
 
 
 def fingerprint(model: nn.Module, scheduler: SchedulerMixin) -> str:
-    """A digest of all that ``model`` holds, bit for bit, and of how ``scheduler`` is configured."""
+    """A digest of all that ``model`` holds, bit for bit, and of how it and ``scheduler`` are configured."""
     # diffusers' own notes begin with _, and the order of some differs between processes.
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    found = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
+    config = [
+        {name: value for name, value in configured.config.items() if not name.startswith("_")}
+        for configured in (model, scheduler)
+    ]
+    settings = [type(model).__name__, type(scheduler).__name__, config]
+    settings += [{name: layer.scheme.name for name, layer in quantized_layers(model).items()}]
+    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8)
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -152,8 +159,8 @@ def draw(
     return len(wanted)
 
 
-def load(request: Request, directory: Path) -> torch.Tensor:
-    """fp32 [count, C, H, W]: all samples of ``request``, in order.
+def batches(request: Request, directory: Path) -> Iterator[torch.Tensor]:
+    """fp32 [B, C, H, W]: the samples of ``request`` in order, as they were drawn.
 
     Raises:
         ValueError: if some are missing, or ``directory`` holds those of another request.
@@ -165,18 +172,23 @@ def load(request: Request, directory: Path) -> torch.Tensor:
     lacking = [path.name for path in paths if not path.exists()]
     if lacking:
         raise ValueError(f"{directory} lacks {len(lacking)} of {len(paths)} batches, {lacking[0]} the first; draw them")
-    return torch.cat([load_file(path)["samples"] for path in paths])
+    return (load_file(path)["samples"] for path in paths)
 
 
-def save_for_other_evaluators(pictures: torch.Tensor, labels: list[int], path: Path) -> None:
+def load(request: Request, directory: Path) -> torch.Tensor:
+    """All of :func:`batches` as one tensor."""
+    return torch.cat(list(batches(request, directory)))
+
+
+def save_for_other_evaluators(batches: Iterable[torch.Tensor], labels: list[int], path: Path) -> None:
     """Write an ``.npz`` that guided-diffusion's evaluator reads: ``arr_0`` uint8 [N, H, W, 3], ``arr_1`` the labels.
-    Pictures [N, 1 or 3, H, W] in [-1, 1]; grey ones are repeated.
+    Pictures come in batches [B, 1 or 3, H, W] in [-1, 1]; grey ones are repeated.
     """
     import numpy as np
 
     from .metrics import to_unit_range
 
-    levels = (to_unit_range(pictures) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    levels = torch.cat([(to_unit_range(batch) * 255).round().to(torch.uint8) for batch in batches]).permute(0, 2, 3, 1)
     colours = levels.expand(-1, -1, -1, 3) if levels.shape[-1] == 1 else levels
     beside = path.with_name(f".{uuid.uuid4().hex}.npz")
     try:
