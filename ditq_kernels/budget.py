@@ -33,8 +33,9 @@ def alternatives(scheme: Scheme) -> list[str]:
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
-    """For each layer one of its options: the sum of their errors is least, as far as steps in the order of error saved
-    per bit lead, and their bits are ``budget`` at most.
+    """For each layer one of its options, their bits ``budget`` at most. Steps are taken in the order of error saved per
+    bit, and those that do not fit left out: the sum of the errors is least among all combinations that are as small if
+    every step fits, and close to it if one does not.
 
     Raises:
         ValueError: if even the smallest options exceed ``budget``.
@@ -72,8 +73,6 @@ def _hull(options: Iterable[Option]) -> list[Option]:
         if hull and option.error >= hull[-1].error:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
-            hull.pop()
-        if hull and option.bits == hull[-1].bits:
             hull.pop()
         hull.append(option)
     return hull

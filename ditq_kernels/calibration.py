@@ -288,9 +288,9 @@ def step_index(step: int | float, steps: int) -> int:
     """
     if not isinstance(step, Integral):
         return min(math.floor(step * steps), steps - 1)
-    if step < -steps:
+    if not -steps <= step < steps:
         raise ValueError(f"step {step} is beyond the run: it has {steps} steps")
-    return int(step) + steps
+    return int(step) % steps
 
 
 def _matching(layers: Mapping[str, nn.Linear], patterns: Collection[str]) -> set[str]:

@@ -1,4 +1,6 @@
-"""``ditq``: quantize, generate, demo, analyze, evaluate, bench, tune, inspect, env. Heavy imports wait."""
+"""``ditq``: quantize, generate, demo, analyze, evaluate, bench, tune, inspect, env. What only some commands need is
+imported by them.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -226,6 +227,10 @@ def plan(
             PlanEntry(name, _name(wanted), reason, layer.in_features, layer.out_features, fixed=bool(obstacle))
         )
     chosen = Plan(type(model).__name__, scheme.name, entries)
+    if budget_bits is not None and not math.isfinite(budget_bits):
+        raise ValueError(f"budget_bits must be a number of bits, got {budget_bits}")
+    if calibration is not None and errors is not None:
+        raise ValueError("errors stand in place of a calibration; give one of the two")
     if budget_bits is None:
         if calibration is not None or errors is not None:
             raise ValueError("a calibration or errors choose among formats under a budget; give budget_bits too")
@@ -233,6 +238,11 @@ def plan(
     moments = {} if calibration is None else calibration.moments
     if calibration is not None and not moments:
         raise ValueError("the calibration has no second moments; calibrate with moments=True")
+    if calibration is not None:
+        calibration.check(model)
+        lacking = [entry.name for entry in chosen.quantized() if entry.name not in moments]
+        if lacking:
+            raise ValueError(f"the calibration has no second moments of {lacking[0]}; calibrate with moments=True")
     _spend(chosen, layers, budget_bits, moments, errors)
     return chosen
 

@@ -22,7 +22,8 @@ from .recipes import Fold, recipe_for
 @torch.no_grad()
 def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) -> Calibration:
     """Smooth ``model`` in place, wherever its recipe knows how; returns the calibration of the smoothed model, which is
-    the one to quantize it with.
+    the one to quantize it with. The model computes the same but for rounding; in 16 bits and with large factors, a
+    modulation's bias comes near -1 and loses digits, which smoothing in fp32 and converting afterwards does not mend.
 
     Channel k of the layers fed the same is divided by ``s[k] = amax_x[k] ** strength / amax_w[k] ** (1 - strength)``.
 
@@ -48,17 +49,21 @@ def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) ->
         raise ValueError(
             f"{type(model).__name__} cannot be smoothed: its recipe names no layer to fold the division into"
         )
-    for _, consumers, producer in found:
+    for fold, consumers, producer in found:
         for name in (*consumers, producer):
             if name not in layers:
                 raise ValueError(f"{name} is quantized already, or missing; smooth the model before quantizing it")
         if consumers[0] not in calibration.channel_amax:
             raise ValueError(f"the calibration has no channel ranges of {consumers[0]}; calibrate this model again")
+        if fold.gain is not None and layers[producer].bias is None:
+            raise ValueError(f"{producer} has no bias, which smoothing a modulation needs; leave the model as it is")
     factors: dict[str, torch.Tensor] = {}
     for fold, consumers, producer in found:
         factor = _factor(calibration.channel_amax[consumers[0]], [layers[name] for name in consumers], strength)
         for name in consumers:
-            layers[name].weight.mul_(factor.to(layers[name].weight))
+            weight = layers[name].weight
+            # The factor in fp32: rounded to 16 bits it would not be what the producer divides by.
+            weight.copy_(weight.float() * factor.to(weight.device))
             factors[name] = factor
         _divide_outputs(layers[producer], fold, factor)
     return _smoothed(calibration, factors)
@@ -89,8 +94,6 @@ def _divide_outputs(layer: nn.Linear, fold: Fold, factor: torch.Tensor) -> None:
         chosen = slice(part * rows, (part + 1) * rows)
         layer.weight[chosen] = (layer.weight[chosen] * inverse.unsqueeze(1)).to(layer.weight.dtype)
         if part == fold.gain:  # (1 + gain) / s = 1 + (gain / s + 1 / s - 1)
-            if layer.bias is None:
-                raise ValueError("a modulation without a bias cannot take a smoothing; leave the model as it is")
             layer.bias[chosen] = (layer.bias[chosen] * inverse + inverse - 1).to(layer.bias.dtype)
         elif layer.bias is not None:
             layer.bias[chosen] = (layer.bias[chosen] * inverse).to(layer.bias.dtype)

@@ -169,6 +169,13 @@ def test_models_without_linear_layers_and_infinite_inputs_are_refused():
         observe_run(model, lambda: model(*dit_inputs()), progress=False)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_step_is_a_position_in_the_run_whole_numbers_too(step):
+    model = tiny_model()
+    found = analyze(model, drawing(model), ["w8a8"], step=step, one_by_one=False, progress=False)
+    assert found.step == 2 * step and found.losses
+
+
 def test_layers_that_no_run_calls_are_refused():
     class Aside(nn.Module):
         def __init__(self):

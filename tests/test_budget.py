@@ -4,10 +4,12 @@ from itertools import product
 
 import pytest
 import torch
+from small_models import tiny_model
 from small_sources import small_dit
 
 import ditq_kernels as ditq
-from ditq_kernels.budget import Option, allocate, rounding_error
+from ditq_kernels.analysis.analyze import analyze
+from ditq_kernels.budget import Option, allocate, alternatives, rounding_error
 from ditq_kernels.formats import Scheme
 from ditq_kernels.integrations.sampling import default_scheduler, sample
 
@@ -23,23 +25,35 @@ def options_of(generator, layers, counts=(2, 3, 4)):
     return found
 
 
+def lower_hull(points):
+    """The vertices of the lower convex hull of (bits, error), by ascending bits, down to the least error."""
+    hull = []
+    for bits, error in sorted(points):
+        if hull and error >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (error - hull[-2][1]) * (hull[-1][0] - hull[-2][0]) <= (hull[-1][1] - hull[-2][1]) * (
+            bits - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((bits, error))
+    return hull
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_allocation_of_the_same_size_makes_less_error(seed):
-    """Among all combinations, none that is as small as what was chosen is better."""
-    options = options_of(torch.Generator().manual_seed(seed), 5)
-    least = sum(min(option.bits for option in of_layer) for of_layer in options.values())
-    most = sum(max(option.bits for option in of_layer) for of_layer in options.values())
-    for budget in (least, (least + most) // 2, most):
-        chosen = allocate(options, budget)
-        bits, error = (sum(getattr(option, what) for option in chosen.values()) for what in ("bits", "error"))
-        assert bits <= budget
-        every = list(product(*options.values()))
-        within = min(sum(o.error for o in c) for c in every if sum(o.bits for o in c) <= budget)
-        # Steps along the convex hulls may leave a rest of the budget that no whole step fits into.
-        steepest = max(o.error for of_layer in options.values() for o in of_layer)
-        assert within <= error <= within + steepest
-        if budget == most:
-            assert error == pytest.approx(within)
+    """Where the budget is a vertex of the convex hull of all combinations, that vertex is chosen; between two, what is
+    chosen is at least as good as the one before.
+    """
+    options = options_of(torch.Generator().manual_seed(seed), 6)
+    every = [(sum(o.bits for o in c), sum(o.error for o in c)) for c in product(*options.values())]
+    hull = lower_hull(every)
+    assert len(hull) > 1
+    for (bits, error), (following, _) in zip(hull, [*hull[1:], (hull[-1][0] + 9, 0)], strict=True):
+        for budget in (bits, following - 1):
+            chosen = allocate(options, budget).values()
+            assert sum(o.bits for o in chosen) <= budget
+            found = sum(o.error for o in chosen)
+            assert found == pytest.approx(error) if budget == bits else found <= error + 1e-9
 
 
 def test_an_option_that_is_larger_and_worse_is_never_taken():
@@ -86,6 +100,22 @@ def test_errors_that_are_given_decide():
     }
 
 
+def test_the_errors_of_an_analysis():
+    """Layers that move the pictures most get more bits than the plan gives by the weights' noise."""
+    model = dit()
+
+    def draw():
+        return sample(model, default_scheduler(), [0], [0], steps=2, progress=False)
+
+    found = analyze(model, draw, alternatives(Scheme.parse("w4a16_g128")), progress=False)
+    chosen = ditq.plan(model, "w4a16_g128", budget_bits=4.8, errors=found.errors())
+
+    def total(plan):
+        return sum(found.errors()[entry.name][entry.scheme] for entry in plan.quantized())
+
+    assert stored_bits(chosen) <= 4.8 and total(chosen) < total(ditq.plan(model, "w4a16_g128", budget_bits=4.8))
+
+
 def test_a_calibration_weighs_the_inputs():
     """A weight whose noise lies in columns that are fed nothing makes no error."""
     layer = torch.nn.Linear(64, 32)
@@ -108,5 +138,15 @@ def test_refusals():
         ditq.plan(model, errors={})
     with pytest.raises(ValueError, match="calibrate with moments=True"):
         ditq.plan(model, budget_bits=5, calibration=calibrated(model))
+    for budget in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="budget_bits must be a number of bits"):
+            ditq.plan(model, budget_bits=budget)
+    partly = calibrated(model, moments=["*to_q"])
+    with pytest.raises(ValueError, match=r"has no second moments of transformer_blocks\.0\.norm1\.linear"):
+        ditq.plan(model, budget_bits=5, calibration=partly)
+    with pytest.raises(ValueError, match="give one of the two"):
+        ditq.plan(model, budget_bits=5, calibration=partly, errors={})
+    with pytest.raises(ValueError, match="calibration was taken on another model"):
+        ditq.plan(tiny_model(), budget_bits=5, calibration=partly)
     with pytest.raises(ValueError, match=r"errors has no w4a16_g128 for transformer_blocks\.0\.norm1\.linear"):
         ditq.plan(model, budget_bits=5, errors={})

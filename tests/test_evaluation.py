@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from ditq_kernels import cli
 from ditq_kernels.evaluation import report
-from ditq_kernels.evaluation.run import NOISE_FLOOR, ORIGINAL, Evaluation, Judge, Row, Settings, Variant, variants
+from ditq_kernels.evaluation.run import Evaluation, Judge, Row, Settings
+from ditq_kernels.evaluation.variants import NOISE_FLOOR, ORIGINAL, Variant, variants
 from ditq_kernels.integrations.sampling import default_scheduler
 
 SETTINGS = Settings(pictures=5, steps=3, batch=2, calibration_pictures=3)
@@ -159,6 +160,9 @@ def test_on_the_command_line_again_and_with_other_settings(source, evaluated, ca
     assert (evaluated / "results.json").read_text() == before and "original, bf16" in capsys.readouterr().out
     assert cli.main(["evaluate", str(source), "--out", str(evaluated), *QUICK, "--seed", "7"]) == 2
     assert "holds samples with first_seed = 0, and 7 is asked for" in capsys.readouterr().err
+    more = (*QUICK, "w8a16")  # a scheme that has no samples yet
+    assert cli.main(["evaluate", str(source), "--out", str(evaluated), *more, "--seed", "7"]) == 2
+    assert not (evaluated / "samples" / "w8a16").exists()
 
 
 def test_two_processes_draw_the_same_pictures(source, evaluated, tmp_path):
@@ -212,8 +216,13 @@ def test_other_models_beside_the_first(source, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", str(source), str(quantized), "--out", str(out), *QUICK]) == 2
     assert "holds samples with fingerprint = " in capsys.readouterr().err
-    other = tmp_path / "other"
-    small_dit(classes=4).save_pretrained(other)
-    capsys.readouterr()
-    assert cli.main(["evaluate", str(source), str(other), "--out", str(tmp_path / "bad"), *QUICK]) == 2
-    assert "holds another kind of model than the first source: num_embeds_ada_norm is 4" in capsys.readouterr().err
+    for name, change, message in (
+        ("classes", dict(classes=4), "num_embeds_ada_norm is 4"),
+        ("deep", dict(layers=2), "linear_1 is 256 to 64 there, missing here"),
+        ("wide", dict(head_dim=16), "the linear layer proj_out_1 is 32 to 64 there, 64 to 128 here"),
+    ):
+        small_dit(**change).save_pretrained(tmp_path / name)
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(source), str(tmp_path / name), "--out", str(tmp_path / "bad"), *QUICK]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bad" / "samples").exists()  # it is said before anything is drawn

@@ -49,6 +49,18 @@ def test_a_smoothed_model_draws_the_same(model, calibration, strength):
     assert (draw(smoothed) - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_columns_of_16_bits_are_rounded_once(model, calibration):
+    smoothed = copy.deepcopy(model).bfloat16()
+    before = smoothed.transformer_blocks[0].attn1.to_q.weight.double()
+    ditq.smooth(smoothed, calibration)
+    exact = copy.deepcopy(model).bfloat16().float()
+    ditq.smooth(exact, calibration)
+    expected = exact.transformer_blocks[0].attn1.to_q.weight.double()
+    found = smoothed.transformer_blocks[0].attn1.to_q.weight.double()
+    gain = (found * expected).sum(0) / (expected * expected).sum(0)  # of each column: its rounding errors cancel
+    assert (gain - 1).abs().max() < 2e-3 and not torch.equal(found, before)
+
+
 def test_what_is_returned_is_what_calibrating_again_finds(model, calibration):
     smoothed = copy.deepcopy(model)
     returned = ditq.smooth(smoothed, calibration)
@@ -110,6 +122,12 @@ def test_errors(model, calibration):
         ditq.smooth(untouched, percentiles)
     for ours, theirs in zip(untouched.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    unbiased = copy.deepcopy(model)
+    unbiased.transformer_blocks[1].norm1.linear.bias = None
+    before = copy.deepcopy(unbiased.state_dict())
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.norm1\.linear has no bias"):
+        ditq.smooth(unbiased, calibration)
+    assert all(torch.equal(value, before[name]) for name, value in unbiased.state_dict().items())
     quantized = ditq.quantize(copy.deepcopy(model), "w8a8", progress=False)
     with pytest.raises(ValueError, match="quantized already"):
         ditq.smooth(quantized, calibration)

@@ -13,7 +13,7 @@ from ..calibration import DEFAULT_STEP, step_index
 from ..formats import Scheme
 from ..planning import Plan, plan
 from .observe import Observation, observe_run
-from .sensitivity import Forms, Losses, draw_losses, forms_of, output_losses
+from .sensitivity import Forms, Losses, draw_losses, forms_of, output_losses, squared_errors
 from .weights import WeightStatistics, all_weights
 
 DEFAULT_SCHEMES = ("w8a8", "w8a8_static", "w4a8_g128")
@@ -29,7 +29,7 @@ class Analysis:
     weights: by linear layer.
     step: the step whose ranges static schemes take, and on which the outputs' noise was measured.
     schemes: the schemes tried.
-    losses: by layer and scheme.
+    losses: by layer and scheme; forms: the scheme that the layer was tried in for it.
     plan: the recommended one, for the last of ``schemes``.
     exceptions: layers that it treats better than the recipe does.
     """
@@ -40,8 +40,16 @@ class Analysis:
     step: int
     schemes: tuple[str, ...]
     losses: Losses
+    forms: Forms
     plan: Plan
     exceptions: tuple[str, ...] = ()
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Squared errors of the pictures, by layer and the scheme that it was tried in:
+        ``ditq.plan(model, scheme, budget_bits=..., errors=...)`` takes them, if the schemes tried were
+        :func:`ditq_kernels.budget.alternatives` of its scheme.
+        """
+        return squared_errors(self.losses, self.forms)
 
 
 def analyze(
@@ -75,14 +83,14 @@ def analyze(
         raise ValueError(f"step must lie in [0, 1], got {step}")
     weights = all_weights(model)
     observation = observe_run(model, draw, calls_per_step, progress)
-    index = step_index(step, observation.steps)
+    index = step_index(float(step), observation.steps)
     amax = {name: seen.amax[index] for name, seen in observation.inputs.items() if index < len(seen.amax)}
     forms = {name: of_layer for name, of_layer in forms_of(model, names, amax).items() if name in weights}
     losses = output_losses(model, draw, forms, amax, index, calls_per_step)
     if one_by_one:
         losses = draw_losses(model, trial or draw, losses, forms, amax, progress)
     recommended, exceptions = recommended_plan(model, names[-1], losses, forms)
-    return Analysis(type(model).__name__, observation, weights, index, names, losses, recommended, exceptions)
+    return Analysis(type(model).__name__, observation, weights, index, names, losses, forms, recommended, exceptions)
 
 
 def gentler(scheme: str) -> str | None:

@@ -1,4 +1,4 @@
-"""``ditq analyze`` on the command line. Imports nothing heavy."""
+"""``ditq analyze`` on the command line. Imports at once only what its help needs."""
 
 from __future__ import annotations
 

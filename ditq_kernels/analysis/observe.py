@@ -93,7 +93,8 @@ class _RunObserver:
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name to module, of every attention whose probabilities are ``softmax(q k^T / sqrt(d))`` of what its projections
-    ``to_q`` and ``to_k`` give, as diffusers names them. Those that norm or rotate queries and keys are left out.
+    ``to_q`` and ``to_k`` give, as diffusers names them. Those that norm or rotate queries and keys, join those of a
+    text, or look at a text (which may be masked) are left out.
     """
     return {
         name: module
@@ -102,6 +103,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         and isinstance(getattr(module, "heads", None), int)
         and module.to_q.out_features == module.to_k.out_features
         and getattr(module, "norm_q", None) is None
+        and getattr(module, "add_k_proj", None) is None
+        and not getattr(module, "is_cross_attention", False)
         and "Rotary" not in type(getattr(module, "processor", None)).__name__
     }
 

@@ -17,6 +17,7 @@ COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d5a97", "#444444")
 ONE_SIDED_ABOVE = -0.36  # GELU and SiLU give nothing below -0.28; a histogram's bin reaches a little further
 MOST_CURVES = 12
 FINITE_DB = 100.0
+LARGEST_ERROR = 2.0  # pictures that have nothing in common differ by less
 SHOWN_OCTAVES = 16  # below 1 in the pictures of shapes
 
 
@@ -112,7 +113,9 @@ def draw_weights(analysis: Analysis) -> bytes:
 
 def draw_snr(analysis: Analysis) -> bytes:
     """By layer and scheme: signal-to-noise ratio of its output."""
-    return _loss_bars(analysis, lambda loss: min(loss.snr_db, FINITE_DB), "signal-to-noise ratio of the output, dB")
+    return _loss_bars(
+        analysis, lambda loss: min(max(loss.snr_db, 0.0), FINITE_DB), "signal-to-noise ratio of the output, dB"
+    )
 
 
 def draw_errors(analysis: Analysis) -> bytes | None:
@@ -120,8 +123,15 @@ def draw_errors(analysis: Analysis) -> bytes | None:
     if all(loss.picture_error is None for losses in analysis.losses.values() for loss in losses.values()):
         return None
     return _loss_bars(
-        analysis, lambda loss: loss.picture_error, "relative L2 distance of the final pictures (logarithmic)", log=True
+        analysis,
+        lambda loss: _shown_error(loss.picture_error),
+        "relative L2 distance of the final pictures (logarithmic)",
+        log=True,
     )
+
+
+def _shown_error(error: float | None) -> float:
+    return math.nan if error is None else min(error, LARGEST_ERROR)
 
 
 def _loss_bars(analysis: Analysis, value: Callable, label: str, log: bool = False) -> bytes:

@@ -187,6 +187,7 @@ def _layer_rows(analysis: Analysis) -> list[list[str]]:
                 str(len(seen.outlier_channels())),
                 f"{seen.share_of_zeros():.0%}",
             ]
+        cells += [f"{weight.amax:.3g}", f"{weight.amax / weight.rms:.1f}"]
         cells += [f"{weight.channel_spread:.1f}", f"{weight.group_gain:.2f}"]
         for scheme in analysis.schemes:
             loss = analysis.losses.get(name, {}).get(scheme)
@@ -198,7 +199,7 @@ def _layer_rows(analysis: Analysis) -> list[list[str]]:
 
 def _columns(analysis: Analysis) -> list[str]:
     columns = ["layer", "K to N", "largest input", "channel spread", "outlier channels", "static int8: to zero"]
-    columns += ["weight: channel spread", "weight: bits by groups"]
+    columns += ["weight: largest", "weight: largest over rms", "weight: channel spread", "weight: bits by groups"]
     for scheme in analysis.schemes:
         columns += [f"{scheme}: SNR, dB", f"{scheme}: picture, %"]
     return columns

@@ -82,7 +82,11 @@ def all_weights(model: nn.Module) -> dict[str, WeightStatistics]:
 
 
 def signal_to_noise(signal: float, noise: float) -> float:
-    """Decibels of two sums of squares; infinite without noise, and minus infinity without a signal."""
+    """Decibels of two sums of squares; infinite without noise, minus infinity without a signal, or where the noise is
+    NaN or infinite.
+    """
     if noise <= 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    if not math.isfinite(noise) or signal <= 0:
+        return -math.inf
+    return 10 * (math.log10(signal) - math.log10(noise))

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from ..backend import selected_backend
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
-from ..evaluation.metrics import difference, to_unit_range
+from ..evaluation.metrics import difference
 from ..formats import RECOMMENDED, Scheme
 from ..integrations.diffusers import Source, load_source
 from ..integrations.sampling import sample
+from ..pictures import to_unit_range
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
 

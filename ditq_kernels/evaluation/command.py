@@ -1,10 +1,11 @@
-"""``ditq evaluate`` on the command line. Imports nothing heavy."""
+"""``ditq evaluate`` on the command line. Imports at once only what its help needs."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ def _processes(device: str) -> tuple[int, int, str, Callable[[], Any]]:
 
     if ":" in device:
         raise ValueError(f"each of several processes takes a GPU of its own; leave --device {device} out")
-    state = PartialState(cpu=device == "cpu")  # without a GPU it would see one process unless told
+    # Without a GPU it would see one process unless told. A process whose share is done waits for the others' as long as
+    # it takes.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     return state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
 
 
@@ -41,8 +44,9 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, save_grid
     from . import report
-    from .run import Evaluation, Settings, variants
+    from .run import Evaluation, Settings
     from .samples import save_for_other_evaluators
+    from .variants import variants
 
     first, *others = args.sources
     wanted = list(variants(args.schemes, [Path(other) for other in others], args.rounding))
@@ -60,6 +64,8 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     evaluation = Evaluation(
         source.transformer, scheduler, str(first), settings, where, judge, source.decode, process, processes
     )
+    for variant in wanted:
+        evaluation.check(variant)
     for variant in tqdm(wanted, desc="draw", unit="model", disable=process > 0):
         evaluation.draw(variant)
     wait()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..pictures import to_unit_range
+
 MOST_PICKED = 1 << 22  # values that a bootstrap holds at once
 
 
@@ -46,11 +48,6 @@ class Difference:
             sum(batch.signal for batch in found),
             sum(batch.noise for batch in found),
         )
-
-
-def to_unit_range(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] to [0, 1], clamped."""
-    return (pictures / 2 + 0.5).clamp(0, 1)
 
 
 def difference(pictures: torch.Tensor, original: torch.Tensor) -> Difference:

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .run import NOISE_FLOOR, Row
+from .run import Row
+from .variants import NOISE_FLOOR
 
 FORMAT_VERSION = 1
 

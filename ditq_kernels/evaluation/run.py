@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ from torch import nn
 
 from .. import __version__
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
-from ..conversion import ROUNDINGS, quantize, quantized_layers
-from ..formats import Scheme
+from ..conversion import quantize, quantized_layers
+from ..observation import linear_layers
 from ..quantizer import DEFAULT_ZERO_POINT
 from . import samples as on_disk
 from .layers import layer_snr_db
@@ -29,6 +29,7 @@ from .metrics import (
     variation,
 )
 from .samples import Request, fingerprint
+from .variants import NOISE_FLOOR, ORIGINAL, Variant
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -54,27 +55,6 @@ class Settings:
     first_seed: int = 0
     calibration_pictures: int = DEFAULT_PICTURES
     step: float = DEFAULT_STEP
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model to evaluate: the original in a dtype, a scheme with a way to round, or a model of its own directory."""
-
-    name: str
-    scheme: str | None = None
-    rounding: str = "nearest"
-    dtype: torch.dtype = torch.float32
-    other_seeds: bool = False
-    directory: Path | None = None
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs a calibration: static activations and compensated rounding do."""
-        return self.scheme is not None and (self.rounding == "compensated" or Scheme.parse(self.scheme).static)
-
-
-ORIGINAL = Variant("original")
-NOISE_FLOOR = (Variant("original, other seeds", other_seeds=True), Variant("original, bf16", dtype=torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -133,23 +113,6 @@ class Row:
     bits_per_weight: float | None
 
 
-def variants(
-    schemes: Sequence[str], directories: Sequence[Path] = (), roundings: Sequence[str] = ROUNDINGS
-) -> Iterator[Variant]:
-    """The original, its noise floor, other models in ``directories``, and each scheme: 4-bit ones with each of
-    ``roundings``, the others to nearest.
-    """
-    yield ORIGINAL
-    yield from NOISE_FLOOR
-    for directory in directories:
-        yield Variant(str(directory), directory=directory)
-    for name in schemes:
-        scheme = Scheme.parse(name)
-        for rounding in roundings if scheme.weight.bits == 4 else ROUNDINGS[:1]:
-            shown = scheme.name if rounding == "nearest" else f"{scheme.name} {rounding}"
-            yield Variant(shown, scheme.name, rounding)
-
-
 def trajectory(
     model: nn.Module, scheduler: SchedulerMixin, settings: Settings, classes: int, seed: int
 ) -> list[torch.Tensor]:
@@ -170,6 +133,11 @@ def trajectory(
         after_step=lambda x: seen.append(x.float().cpu()),
     )
     return seen
+
+
+def _shapes(model: nn.Module) -> dict[str, str]:
+    layers = linear_layers(model) | quantized_layers(model)
+    return {name: f"{layer.in_features} to {layer.out_features}" for name, layer in layers.items()}
 
 
 class Evaluation:
@@ -257,6 +225,13 @@ class Evaluation:
                     f"{directory} holds another kind of model than the first source: {name} is {theirs} there, "
                     f"{mine} here"
                 )
+        mine, theirs = _shapes(self.model), _shapes(model)
+        for name in mine | theirs:
+            if mine.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{directory} holds another kind of model than the first source: the linear layer {name} is "
+                    f"{theirs.get(name, 'missing')} there, {mine.get(name, 'missing')} here"
+                )
 
     def request(self, variant: Variant) -> Request:
         """What is drawn of ``variant``."""
@@ -286,6 +261,10 @@ class Evaluation:
     def folder(self, variant: Variant) -> Path:
         """Where its samples lie."""
         return self.directory / "".join(c if c.isalnum() or c == "_" else "-" for c in variant.name)
+
+    def check(self, variant: Variant) -> None:
+        """Raise ValueError if ``variant`` cannot be compared with the original, or its folder holds something else."""
+        on_disk.check(self.request(variant), self.folder(variant))
 
     def draw(self, variant: Variant) -> int:
         """Draw what is missing of this process's share; how many batches."""
@@ -347,7 +326,7 @@ class Evaluation:
 
     def _by_layer(self, model: nn.Module) -> dict[str, float]:
         settings = self.settings
-        step = step_index(settings.step, settings.steps)
+        step = step_index(float(settings.step), settings.steps)
 
         def run() -> None:
             trajectory(self.model, self.scheduler, settings, self.classes, CALIBRATION_SEED)
@@ -368,9 +347,11 @@ class Evaluation:
             reference = original if variant.other_seeds else other
             distances["frechet"] = frechet_distance(features, reference)
             distances["frechet_of_means"] = mean_distance(features, reference)
-            if variant != ORIGINAL and not variant.other_seeds:
-                excess, bounds = frechet_excess(features, original, other)
-                distances.update(frechet_excess=excess, frechet_excess_interval=bounds)
+        # A resample of a bootstrap holds two thirds as many different pictures.
+        enough = self.settings.pictures >= 2 * self.judge.num_features
+        if enough and variant != ORIGINAL and not variant.other_seeds:
+            excess, bounds = frechet_excess(features, original, other)
+            distances.update(frechet_excess=excess, frechet_excess_interval=bounds)
         logits = torch.cat([self.judge.logits(batch) for batch in self.pictures(variant)])
         labels = torch.tensor(self.request(variant).labels)
         return dict(

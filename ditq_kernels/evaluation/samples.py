@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..conversion import quantized_layers
+from ..pictures import to_levels
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -82,8 +83,8 @@ def fingerprint(model: nn.Module, scheduler: SchedulerMixin) -> str:
     return found.hexdigest()
 
 
-def _agree(request: Request, directory: Path) -> None:
-    """Note in ``directory`` what it holds samples of.
+def check(request: Request, directory: Path) -> bool:
+    """Whether ``directory`` holds samples of ``request``; it may lack some or all.
 
     Raises:
         ValueError: if it holds samples of something else, naming the first difference.
@@ -98,11 +99,17 @@ def _agree(request: Request, directory: Path) -> None:
                     f"{directory} holds samples with {name} = {found.get(name)}, and {value} is asked for; choose "
                     "another directory, or remove this one"
                 )
+    return path.exists()
+
+
+def _begin(request: Request, directory: Path) -> None:
+    """Note in ``directory`` what it holds samples of; ValueError as :func:`check`."""
+    if check(request, directory):
         return
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / f".{uuid.uuid4().hex}"
-    beside.write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(beside, path)  # by whichever process comes last; all write the same
+    beside.write_text(json.dumps(asdict(request), indent=1) + "\n")
+    os.replace(beside, directory / SETTINGS_FILE)  # by whichever process comes last; all write the same
 
 
 def missing(request: Request, directory: Path, process: int = 0, processes: int = 1) -> list[slice]:
@@ -135,7 +142,7 @@ def draw(
 
     from ..integrations.sampling import sample
 
-    _agree(request, directory)
+    _begin(request, directory)
     wanted = missing(request, directory, process, processes)
     labels, seeds = request.labels, request.seeds
     for batch in tqdm(wanted, desc=directory.name, unit="batch", file=sys.stderr, leave=False, disable=not progress):
@@ -167,7 +174,7 @@ def batches(request: Request, directory: Path) -> Iterator[torch.Tensor]:
     """
     from safetensors.torch import load_file
 
-    _agree(request, directory)
+    check(request, directory)
     paths = [request.path(directory, batch) for batch in request.batches()]
     lacking = [path.name for path in paths if not path.exists()]
     if lacking:
@@ -186,9 +193,7 @@ def save_for_other_evaluators(batches: Iterable[torch.Tensor], labels: list[int]
     """
     import numpy as np
 
-    from .metrics import to_unit_range
-
-    levels = torch.cat([(to_unit_range(batch) * 255).round().to(torch.uint8) for batch in batches]).permute(0, 2, 3, 1)
+    levels = torch.cat([to_levels(batch) for batch in batches]).permute(0, 2, 3, 1)
     colours = levels.expand(-1, -1, -1, 3) if levels.shape[-1] == 1 else levels
     beside = path.with_name(f".{uuid.uuid4().hex}.npz")
     try:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..evaluation.metrics import to_unit_range
+from ..pictures import to_levels
 
 # diffusers' own settings for DiT-XL/2, for models that come without a scheduler.
 DEFAULT_SCHEDULE = dict(
@@ -104,7 +104,7 @@ def sample(
 
 def save_grid(pictures: torch.Tensor, columns: int, path: Path) -> None:
     """Write pictures [B, C, H, W] in [-1, 1], C 1 or 3, as one PNG of rows of ``columns``."""
-    levels = (to_unit_range(pictures) * 255).round().to(torch.uint8)
+    levels = to_levels(pictures)
     count, channels, height, width = levels.shape
     grid = levels.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     grid = grid.reshape(count // columns * height, columns * width, channels).numpy()

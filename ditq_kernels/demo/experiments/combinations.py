@@ -10,7 +10,8 @@ from torch import nn
 
 from ...calibration import DEFAULT_STEP
 from ...conversion import quantize
-from ...evaluation.run import NOISE_FLOOR, ORIGINAL, OTHER_SEEDS, Variant, variants
+from ...evaluation.run import OTHER_SEEDS
+from ...evaluation.variants import NOISE_FLOOR, ORIGINAL, Variant, variants
 from ...formats import RECOMMENDED
 from ...integrations.sampling import save_grid
 from .lab import Case, Lab, Protocol

@@ -15,6 +15,7 @@ from torch import nn
 from ...calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ...conversion import quantized_layers
 from ...evaluation.metrics import difference
+from ...evaluation.samples import fingerprint
 from ...integrations.diffusers import load_source
 from ...integrations.sampling import default_scheduler, sample
 from ...linear import QuantLinear
@@ -170,7 +171,8 @@ class Lab:
         """Measure those of ``cases`` that ``records`` lacks, saving each as it comes, behind a progress bar."""
         from tqdm import tqdm
 
-        records.begin(asdict(self.protocol), sum(layer.weight.numel() for layer in self.layers.values()))
+        weights = sum(layer.weight.numel() for layer in self.layers.values())
+        records.begin(asdict(self.protocol), weights, fingerprint(self.model, self.scheduler))
         for case in tqdm(list(cases), desc=records.path.stem, unit="variant"):
             if records.find(**case.facts) is None:
                 records.add(self.measure(case))

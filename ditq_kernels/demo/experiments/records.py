@@ -45,18 +45,22 @@ class Records:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold an experiment's records: {error}") from None
 
-    def begin(self, protocol: dict[str, Any], quantized_weights: int) -> None:
+    def begin(self, protocol: dict[str, Any], quantized_weights: int, fingerprint: str) -> None:
         """Go on with the file where it was left, or start it anew where it is complete, missing, or of another
-        protocol. ``quantized_weights``: how many the quantized layers hold.
+        protocol, model or rule for zero points. ``quantized_weights``: how many the quantized layers hold.
+        ``fingerprint``: the model's.
         """
         import diffusers
         import torch
 
         from ... import __version__
+        from ...quantizer import DEFAULT_ZERO_POINT
 
         self.about = dict(
             protocol=protocol,
             quantized_weights=quantized_weights,
+            fingerprint=fingerprint,
+            zero_point=DEFAULT_ZERO_POINT,
             torch=torch.__version__,
             diffusers=diffusers.__version__,
             ditq_kernels=__version__,
