@@ -219,7 +219,7 @@ def test_other_models_beside_the_first(source, tmp_path, capsys):
     for name, change, message in (
         ("classes", dict(classes=4), "num_embeds_ada_norm is 4"),
         ("deep", dict(layers=2), "linear_1 is 256 to 64 there, missing here"),
-        ("wide", dict(head_dim=16), "the linear layer proj_out_1 is 32 to 64 there, 64 to 128 here"),
+        ("wide", dict(head_dim=16), "linear_1 is 256 to 32 there, 256 to 64 here"),
     ):
         small_dit(**change).save_pretrained(tmp_path / name)
         capsys.readouterr()
