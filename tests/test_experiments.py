@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from ditq_kernels.demo.experiments import combinations, page, peers, tables, weights
+from ditq_kernels.demo.experiments import combinations, distribution, page, peers, tables, weights
 from ditq_kernels.demo.experiments.__main__ import EXPERIMENTS
 from ditq_kernels.demo.experiments.lab import Case, Lab, Protocol
 from ditq_kernels.demo.experiments.records import Records
@@ -44,6 +44,26 @@ def test_simulated_weights_are_those_of_the_shipped_formats(group, compensated):
         torch.testing.assert_close(rounding.apply(layer.weight.detach(), moment), shipped.dequantized_weight())
         if rounding.two_level:
             assert rounding.bits_per_weight(24, 256) == pytest.approx(4 + 32 / 256 + 8 / (group or 256))
+
+
+def test_a_restored_gain_is_the_originals():
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 128), torch.randn(500, 128) * torch.rand(128)
+    moment, clipped = x.T @ x, WeightRounding(4, 32, "eighth_level", clip=0.8)
+    exact = x @ weight.T
+
+    def gain(rounding):
+        return (exact * (x @ rounding.apply(weight, moment).T)).sum(0) / exact.square().sum(0)
+
+    assert (gain(clipped) < 0.995).all()
+    torch.testing.assert_close(gain(replace(clipped, gain_restored=True)), torch.ones(8), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("rule", "bits"), [("symmetric", 0), ("eighth_level", 1), ("free", 4), ("best", 4)])
+def test_the_bits_of_float_groups(rule, bits):
+    """A scale of 16 bits, and of the zero point as many as tell its values apart."""
+    found = WeightRounding(4, 64, rule)
+    assert found.bits_per_weight(24, 256) == pytest.approx(4 + (16 + bits) / 64)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -130,8 +150,7 @@ def test_the_page_has_its_pictures_and_commands():
     for target in re.findall(r"\]\((experiments/[^)]+)\)", text):
         assert (DOCS / target).is_file(), target
     for command in re.findall(r"-m ditq_kernels\.demo\.experiments ([a-z ]+)$", text, re.MULTILINE):
-        assert set(command.split()) <= {*EXPERIMENTS, "page", "pictures"}
-    assert "OUTCOME" not in text
+        assert set(command.split()) <= {*EXPERIMENTS, "page", "pictures", "distribution"}
 
 
 def test_a_page_without_all_records_is_refused(tmp_path):
@@ -156,5 +175,7 @@ def test_shown_pictures_begin_with_the_original():
 
 def test_the_distribution_is_of_enough_samples():
     results = json.loads((DOCS / "experiments" / "distribution.json").read_text())
-    assert results["about"]["samples"] >= 5000
+    assert results["about"]["samples"] == distribution.SAMPLES >= 5000
+    assert results["about"]["steps"] == distribution.STEPS
+    assert {row["scheme"] for row in results["rows"]} == {None, *distribution.SCHEMES}
     assert {"w4a8_g128", "w8a8_static", "original"} <= {row["name"] for row in results["rows"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ def _processes(device: str) -> tuple[int, int, str, Callable[[], Any]]:
 
 
 def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], Judge | None]) -> int:
+    import diffusers
     import torch
     import torchmetrics  # noqa: F401  a missing one is said before the drawing, not after it
     from tqdm import tqdm
@@ -43,6 +45,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .. import __version__
     from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, save_grid
+    from ..quantizer import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings
     from .samples import save_for_other_evaluators
@@ -79,7 +82,13 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
         guidance=args.guidance,
         seed=args.seed,
         judge=judge and judge.name,
+        calibration=dict(step=settings.step, pictures=settings.calibration_pictures),
+        zero_point=DEFAULT_ZERO_POINT,
+        fingerprint=evaluation.request(wanted[0]).fingerprint,
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
         ditq_kernels=__version__,
+        machine=f"{device}, {platform.machine()}",
     )
     report.write_json(rows, about, args.out / "results.json")
     report.draw_steps(rows, args.out / "steps.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import calibration, combinations, layers, moments, page, peers, positions, remedies, weights
+from . import calibration, combinations, distribution, layers, moments, page, peers, positions, remedies, weights
 
 EXPERIMENTS = {
     "calibration": calibration,
@@ -27,7 +27,11 @@ def main() -> None:
         "interrupted goes on where it stopped; one that is complete starts anew.",
     )
     parser.add_argument(
-        "names", nargs="+", choices=[*EXPERIMENTS, "pictures", "page"], metavar="NAME", help="%(choices)s"
+        "names",
+        nargs="+",
+        choices=[*EXPERIMENTS, "distribution", "pictures", "page"],
+        metavar="NAME",
+        help="%(choices)s",
     )
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of the JSON (default: %(default)s)")
     args = parser.parse_args()
@@ -37,6 +41,8 @@ def main() -> None:
     for name in args.names:
         if name == "page":
             print(page.write(args.out))
+        elif name == "distribution":
+            distribution.carry_out(args.out)
         elif name == "pictures":
             combinations.draw_pictures(Lab(combinations.PROTOCOL), args.out / "pictures.png")
         else:

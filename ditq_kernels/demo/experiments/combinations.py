@@ -17,7 +17,7 @@ from ...integrations.sampling import save_grid
 from .lab import Case, Lab, Protocol
 
 PROTOCOL = Protocol(20)
-PROTOCOLS = (Protocol(20, 10), Protocol(20, 50), Protocol(5, 250))
+PROTOCOLS = (Protocol(20, 10), Protocol(20, 50), Protocol(20, 250))
 SHOWN = Protocol(10, 50)
 ENLARGED = 2
 

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import combinations, plots, tables
+from . import combinations, distribution, plots, tables
 from .records import Records
 
 TEMPLATE = "experiments.md.jinja"
-DISTRIBUTION = "distribution.json"  # what ditq evaluate writes as results.json
 NAMES = ("calibration", "weights", "moments", "positions", "combinations", "layers", "remedies", "peers")
 
 
@@ -48,7 +47,7 @@ def render(directory: Path) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     records = load(directory)
-    results: dict[str, Any] = json.loads((directory / DISTRIBUTION).read_text())
+    results: dict[str, Any] = json.loads((directory / distribution.NAME).read_text())
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -74,6 +73,7 @@ def render(directory: Path) -> str:
         records=records,
         tables=tables,
         results=results,
+        command=" ".join(distribution.command()),
         psnr=psnr,
         excess=excess,
         evaluated=evaluated,

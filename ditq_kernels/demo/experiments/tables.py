@@ -31,11 +31,6 @@ def gain(rows: Iterable[Row], base: Iterable[Row]) -> str:
     return shown(over_sets(rows) - over_sets(base), sign=True)
 
 
-def count(records: Records, **facts: object) -> int:
-    """Pictures of a record."""
-    return len(records.find(**facts)["psnr_db"])
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -118,19 +113,25 @@ def levels(records: Records) -> str:
 def clipping(records: Records) -> str:
     """What clip search does to weights, outputs and pictures."""
     lines = []
-    for name, clip, compensated in (
-        ("whole range", None, False),
-        ("clip search", "search", False),
-        ("clipped to 0.9", 0.9, False),
-        ("whole range, compensated", None, True),
-        ("clip search, compensated", "search", True),
+    for name, clip, compensated, restored in (
+        ("whole range", None, False, False),
+        ("whole range, gain restored", None, False, True),
+        ("clip search", "search", False, False),
+        ("clip search, gain restored", "search", False, True),
+        ("clipped to 0.9", 0.9, False, False),
+        ("whole range, compensated", None, True, False),
+        ("whole range, compensated, gain restored", None, True, True),
+        ("clip search, compensated", "search", True, False),
+        ("clip search, compensated, gain restored", "search", True, True),
     ):
-        row = records.find(
-            bits=4, group=128, two_level=True, zero_point="eighth_level", clip=clip, compensated=compensated
-        )
+        plain = dict(bits=4, group=128, two_level=True, zero_point="eighth_level", compensated=compensated)
+        row = records.find(**plain, clip=clip, gain_restored=restored)
+        base = records.find(**plain, clip=None, gain_restored=False)
         numbers = f"{row['weight_snr_db']:.1f}", f"{row['output_snr_db']:.1f}", f"{row['output_gain']:+.2%}"
-        lines.append((name, *numbers, shown(over_sets([row]))))
-    return markdown(("", "SNR of weights, dB", "SNR of outputs, dB", "gain of outputs", "PSNR dB"), lines)
+        change = "-" if row is base else gain([row], [base])
+        lines.append((name, *numbers, shown(over_sets([row])), change))
+    header = ("", "SNR of weights, dB", "SNR of outputs, dB", "gain of outputs", "PSNR dB", "against the whole range")
+    return markdown(header, lines)
 
 
 def moments(records: Records) -> str:
@@ -161,8 +162,10 @@ def combinations(records: Records) -> str:
     for name in dict.fromkeys(row["variant"] for row in records.rows):
         rows = [records.find(variant=name, steps=count) for count in steps]
         bits = rows[0].get("bits_per_weight")
-        lines.append((name, f"{bits:.2f}" if bits else "-", *(shown(over_sets([row])) for row in rows)))
-    return markdown(("", "bits per weight", *(f"{count} steps, dB" for count in steps)), lines)
+        change = gain(rows[-1:], rows[:1])
+        lines.append((name, f"{bits:.2f}" if bits else "-", *(shown(over_sets([row])) for row in rows), change))
+    header = ("", "bits per weight", *(f"{count} steps, dB" for count in steps), f"{steps[-1]} against {steps[0]}")
+    return markdown(header, lines)
 
 
 def layers(records: Records) -> str:
@@ -187,11 +190,19 @@ def smoothing(records: Records) -> str:
 
 
 def budgets(records: Records) -> str:
+    """Plans, and what each gains over the largest uniform format that is no larger."""
     lines = []
     for row in records.all(remedy="budget"):
-        how = row.get("uniform") or f"{row['budget']} bits by the noise of {row['errors']}"
-        lines.append((how, f"{row['bits_per_weight']:.2f}", row["rounding"], shown(over_sets([row]))))
-    return markdown(("plan", "bits per weight", "rounding", "PSNR dB"), lines)
+        alike = dict(remedy="budget", rounding=row["rounding"])
+        how, change = row.get("uniform"), "-"
+        if how is None:
+            how = f"{row['budget']} bits by the noise of {row['errors']}"
+            uniform = [other for other in records.all(**alike) if other.get("uniform")]
+            smaller = [other for other in uniform if other["bits_per_weight"] <= row["bits_per_weight"]]
+            base = max(smaller, key=lambda other: other["bits_per_weight"])
+            change = f"{gain([row], [base])} over {base['uniform']}"
+        lines.append((how, f"{row['bits_per_weight']:.2f}", row["rounding"], shown(over_sets([row])), change))
+    return markdown(("plan", "bits per weight", "rounding", "PSNR dB", "gain over a uniform format"), lines)
 
 
 def peers(records: Records) -> str:

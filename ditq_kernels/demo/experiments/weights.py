@@ -30,6 +30,9 @@ def roundings() -> list[WeightRounding]:
     for rule in RULES:
         wanted += [WeightRounding(bits, 128, rule) for bits in (4, 3)]
     wanted += [WeightRounding(4, 128, PLAIN, two_level, clip) for two_level, clip in ((False, "search"), (True, 0.9))]
+    for clip in (None, "search"):
+        restored = WeightRounding(4, 128, PLAIN, True, clip, gain_restored=True)
+        wanted += [restored, replace(restored, compensated=True)]
     return list(dict.fromkeys(wanted))
 
 
@@ -40,7 +43,9 @@ def cases(lab: Lab) -> Iterator[Case]:
 
     def case(rounding: WeightRounding) -> Case:
         def build() -> nn.Module:
-            moments = lab.calibration(0.5, moments=True).moments if rounding.compensated else {}
+            moments = (
+                lab.calibration(0.5, moments=True).moments if rounding.compensated or rounding.gain_restored else {}
+            )
             return lab.with_weights(lambda name, weight: rounding.apply(weight, moments.get(name)))
 
         bits = sum(rounding.bits_per_weight(n, k) * n * k for n, k in shapes) / total
