@@ -44,7 +44,7 @@ def outcome(model_directory):
 
 def test_every_recommended_scheme_has_a_row_and_4_bits_a_compensated_one_too(outcome):
     results, _ = outcome
-    assert [result.name for result in results[:2]] == [run.ORIGINAL, "bfloat16"]
+    assert [result.name for result in results[:2]] == ["original", "original, bf16"]
     assert [result.scheme for result in results if result.rounding == "nearest"] == list(RECOMMENDED)
     assert [result.scheme for result in results if result.rounding == "compensated"] == FOUR_BITS
     assert len({result.name for result in results}) == len(results) == 2 + len(RECOMMENDED) + len(FOUR_BITS)

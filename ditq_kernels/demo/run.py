@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,13 @@ from ..backend import selected_backend
 from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ..conversion import quantize, quantized_layers
 from ..evaluation.metrics import difference
-from ..formats import RECOMMENDED, Scheme
+from ..evaluation.variants import ORIGINAL, Variant, variants
+from ..formats import RECOMMENDED
 from ..integrations.diffusers import Source, load_source
 from ..integrations.sampling import sample
 from ..pictures import to_unit_range
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
-
-ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,6 @@ class Settings:
     def picture_seeds(self) -> list[int]:
         """A seed of its own for each picture."""
         return list(range(self.classes * self.seeds))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the comparison: the original in a dtype, or a scheme with a way to round."""
-
-    name: str
-    scheme: str | None = None
-    rounding: str = "nearest"
-    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -92,16 +80,11 @@ class Result:
     backend: str
 
 
-def variants() -> Iterator[Variant]:
+def rows() -> list[Variant]:
     """The original, the original in bf16, every recommended scheme, and the 4-bit ones once more with compensated
     rounding.
     """
-    yield Variant(ORIGINAL)
-    yield Variant("bfloat16", dtype=torch.bfloat16)
-    for name in RECOMMENDED:
-        yield Variant(name, name)
-        if Scheme.parse(name).weight.bits == 4:
-            yield Variant(f"{name} compensated", name, "compensated")
+    return [variant for variant in variants(RECOMMENDED) if not variant.other_seeds]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -159,7 +142,7 @@ def run_variant(
 
 
 def run_demo(settings: Settings, model_directory: Path = MODEL_DIRECTORY) -> tuple[list[Result], Calibration]:
-    """Results of :func:`variants`, in their order, behind a progress bar; the first is the original."""
+    """Results of :func:`rows`, in their order, behind a progress bar; the first is the original."""
     source = load_source(model_directory, device=settings.device)
     source.transformer.float()
     classifier = load_classifier()
@@ -167,7 +150,7 @@ def run_demo(settings: Settings, model_directory: Path = MODEL_DIRECTORY) -> tup
     calibration = calibrate_source(source, settings)
     results: list[Result] = []
     original = None
-    bar = tqdm(list(variants()), desc="demo", unit="row")
+    bar = tqdm(rows(), desc="demo", unit="row")
     for variant in bar:
         bar.set_postfix_str(variant.name)
         model, samples, seconds = run_variant(variant, source, calibration, settings)
@@ -175,7 +158,7 @@ def run_demo(settings: Settings, model_directory: Path = MODEL_DIRECTORY) -> tup
         layers = quantized_layers(model).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         stored = sum(layer.nbytes for layer in layers)
-        same = variant.name == ORIGINAL
+        same = variant == ORIGINAL
         comparison = (
             dict.fromkeys(("psnr_db", "psnr_db_worst", "ssim", "relative_l2")) if same else _compare(samples, original)
         )
