@@ -51,6 +51,14 @@ def device():
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a generator of its own is the same in every run, and shifts with DITQ_TEST_SEED."""
+    from oracle import TEST_SEED
+
+    torch.manual_seed(TEST_SEED)
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fresh tensors hold NaN, or the largest integer, so that an element that a kernel forgets is seen."""

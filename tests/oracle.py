@@ -1,9 +1,17 @@
-"""Shapes, inputs and the error budget that all tests of products share."""
+"""Shapes, inputs and assertions that all tests of products share."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
+
+from ditq_kernels import error_budget
+
+# Shifts what every generator draws: the tests have to pass with any other inputs of the same kind.
+TEST_SEED = int(os.environ.get("DITQ_TEST_SEED", "0"))
+_SEEDS_OF_A_TEST = 1000
 
 # (M, N, K): one token to many, on both sides of the small-M path and of every tile; N and K ragged, K not a multiple of
 # 128, 64 or 32.
@@ -21,12 +29,16 @@ SHAPES = (
 )
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """Number ``seed`` of a test's own generators."""
+    return torch.Generator().manual_seed(_SEEDS_OF_A_TEST * TEST_SEED + seed)
+
+
 def activations(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
     """Signed [rows, columns] with outlier channels and, where there is room, a row of zeros; rows are strided, as
     slices of a wider tensor are.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns + 16, generator=generator)
+    x = torch.randn(rows, columns + 16, generator=generator(seed))
     x[:, ::37] *= 20
     if rows > 2:
         x[1] = 0
@@ -35,28 +47,41 @@ def activations(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 
 def linear(out_features: int, in_features: int, device: torch.device, seed: int = 0) -> nn.Linear:
     """A layer whose channels and groups differ in size and lean to one side, with one channel of zeros."""
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
     layer = nn.Linear(in_features, out_features)
-    size = 4 * torch.rand(out_features, 1, generator=generator) * (1 + torch.arange(in_features) // 32 % 3)
-    weight = size * (torch.randn(out_features, in_features, generator=generator) + 0.5)
+    size = 4 * torch.rand(out_features, 1, generator=source) * (1 + torch.arange(in_features) // 32 % 3)
+    weight = size * (torch.randn(out_features, in_features, generator=source) + 0.5)
     weight[out_features // 2] = 0
     layer.weight.data = weight / in_features**0.5
-    layer.bias.data = torch.randn(out_features, generator=generator)
+    layer.bias.data = torch.randn(out_features, generator=source)
     return layer.to(device)
 
 
-def assert_within_budget(actual: torch.Tensor, same_precision: torch.Tensor, exact: torch.Tensor) -> None:
-    """``actual`` may be off by twice what PyTorch is off at that precision, and by one rounding to its dtype.
+def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> None:
+    """``actual`` is finite and nowhere further from ``exact`` than ``budget`` (:mod:`ditq_kernels.error_budget`)."""
+    assert actual.shape == exact.shape
+    share = error_budget.worst_share(actual, exact, budget)
+    assert share <= 1, f"the error is {share:.3g} times what is allowed"
+
+
+def assert_product(
+    actual: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    arithmetic: error_budget.Arithmetic = error_budget.PLAIN,
+    silu: bool = False,
+) -> None:
+    """``actual`` [M, N] is ``x @ w.T + bias``, or with SiLU of ``x``, within the error budget of ``arithmetic``.
 
     Args:
-        actual: the kernel's output.
-        same_precision: PyTorch's output for the same operands at the kernel's precision.
-        exact: the fp64 result for the same operands.
+        x: [M, K]; of int8 codes, codes times scales in fp64. w: fp32 [N, K], the dequantized weight.
+        arithmetic: of what computed it; the reference's if not given.
     """
-    assert actual.shape == exact.shape
-    assert torch.isfinite(actual).all()
-    exact = exact.to(actual.device)
-    error = (actual.to(torch.float64) - exact).abs()
-    budget = 2 * (same_precision.to(torch.float64) - exact).abs().max() + torch.finfo(actual.dtype).eps * exact.abs()
-    worst = (error - budget).max()
-    assert worst <= 0, f"error exceeds the budget by {worst:.3g} (largest error {error.max():.3g})"
+    x_error = None
+    if silu:
+        x, x_error = error_budget.silu_operand(x)
+    capability = error_budget.capability_of(actual.device)
+    assert_within_budget(
+        actual, *error_budget.product_oracle(x, w, bias, actual.dtype, arithmetic, capability, x_error)
+    )

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # Left to right; modules of one layer may import each other.
 LAYERS = (
-    ("errors", "progress", "formats", "pictures"),
+    ("errors", "progress", "formats", "pictures", "error_budget"),
     ("packing",),
     ("quantizer", "reference", "kernels", "extension"),
     ("backend",),

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from oracle import activations, linear
+from oracle import activations, generator, linear
 from torch import nn
 
 from ditq_kernels import SCHEMES, QuantLinear
@@ -62,7 +62,7 @@ def test_only_the_bias_is_trainable(scheme):
     layer = quantized(scheme)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
     x = activations(9, 200, torch.float32, CPU).requires_grad_()
-    upstream = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(9, 48, generator=generator(1))
     layer(x).backward(upstream)
     assert torch.equal(x.grad, upstream @ layer.dequantized_weight())
     assert torch.equal(layer.bias.grad, upstream.sum(0))

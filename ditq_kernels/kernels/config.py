@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..error_budget import PLAIN, Arithmetic
 from ..formats import WeightFormat
 from ..packing import HALF_BLOCK
 
@@ -147,6 +148,18 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 }
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
+
+
+def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
+    """What ``config`` does to numbers, for the oracle that judges it; ``activation_bytes`` as in :class:`Problem`."""
+    # Sums of int8 are exact, and fp32 products are left to cuBLAS, which has no matrix instruction for them.
+    if activation_bytes != 2 or config.route == "small":
+        return PLAIN
+    dense = config.route in ("expanded", "gradient")
+    cublas = config.route == "expanded" and not config.block_m
+    return Arithmetic(rounds_weight=dense, rounds_bias=cublas, matrix_instructions=True)
+
+
 OUTPUT_BYTES = 2
 BARRIER_BYTES = 64
 WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory

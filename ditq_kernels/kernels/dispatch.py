@@ -50,6 +50,13 @@ def _chosen(
     return tables.choose(problem, device.name, extension=out_dtype in HALF_PRECISION)
 
 
+def chosen(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: torch.dtype) -> Config:
+    """The configuration that a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` runs by if none is given."""
+    rows, in_features = x.shape
+    device = describe(x.device)
+    return _chosen(row_class(rows), out_features, in_features, x.element_size(), fmt, device, out_dtype)
+
+
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
     y = operands.output()
     x, sx, qweight, scale, _, bias, *_ = operands
@@ -73,11 +80,7 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         x = x.contiguous()
     device = describe(x.device)
     if config is None:
-        rows, in_features = x.shape
-        out_features = operands.qweight.shape[0]
-        config = _chosen(
-            row_class(rows), out_features, in_features, x.element_size(), operands.fmt, device, operands.out_dtype
-        )
+        config = chosen(x, operands.qweight.shape[0], operands.fmt, operands.out_dtype)
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)
