@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ditq_kernels import kernels, reference
 from ditq_kernels.benchmark.cases import Case
 from ditq_kernels.benchmark.checks import Check, check_product
-from ditq_kernels.benchmark.contenders import Inputs
-from ditq_kernels.benchmark.tune import Task, operands_of, problem_of, product_with
+from ditq_kernels.benchmark.contenders import DTYPE, Inputs
+from ditq_kernels.benchmark.tune import Task, operands_of, oracle_of, problem_of, product_with
+from ditq_kernels.error_budget import capability_of, product_oracle, silu_operand
 from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.kernels.config import candidates
+from ditq_kernels.kernels.config import GRADIENT_TILE, arithmetic, candidates
+from ditq_kernels.kernels.dispatch import chosen
 
 # No side is a multiple of any tile's but the first K.
 FEW_ROWS, MANY_ROWS = (2, 72, 256), (137, 264, 272)
@@ -42,7 +44,7 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
         inputs = Inputs(Case(*shape), device)
         for name, activation_bytes in itertools.product(FORMATS, (1, 2)):
             task = Task(inputs.case, WEIGHT_FORMATS[name], activation_bytes)
-            operands, exact, same_precision = operands_of(task, inputs)
+            operands, oracle = operands_of(task, inputs), oracle_of(task, inputs)
             seen = set()
             for config in candidates(problem_of(task, operands)):
                 interpreted = config.route == "cuda" and device.type != "cuda"  # the extension has no interpreter
@@ -51,8 +53,10 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
                 seen.add((config.route, config.descriptors))
 
                 call = functools.partial(product_with(task, config), *operands)
-                checked = functools.partial(check_product, picked=inputs.picked, exact=exact)
-                checked = functools.partial(checked, same_precision=same_precision, allowed=None)
+                exact, budget = oracle(config)
+                checked = functools.partial(
+                    check_product, picked=inputs.picked, exact=exact, budget=budget, allowed=None
+                )
                 yield f"{task}: {config}", functools.partial(_compare, call, checked)
 
 
@@ -63,13 +67,13 @@ def products_with_silu(device: torch.device) -> Iterator[tuple[str, Callable[[],
         for fmt in (WEIGHT_FORMATS[name] for name in FORMATS):
             layer = inputs.stored(fmt)
             weight = (layer.qweight, layer.scale, layer.group_code)
-            w, entering = layer.dequantized_weight(), torch.nn.functional.silu(inputs.x)
-            exact = torch.nn.functional.linear(entering.double(), w.double(), layer.bias.double())
-            same_precision = torch.nn.functional.linear(entering, w.to(entering.dtype), layer.bias.to(entering.dtype))
+            does = arithmetic(chosen(inputs.x, len(layer.bias), fmt, DTYPE), DTYPE.itemsize)
+            entering, x_error = silu_operand(inputs.x)
+            w = layer.dequantized_weight()
+            exact, budget = product_oracle(entering, w, layer.bias, DTYPE, does, capability_of(device), x_error)
             every_row = torch.arange(len(entering), device=device)
             call = functools.partial(kernels.linear_a16, inputs.x, *weight, layer.bias, fmt, True)
-            checked = functools.partial(check_product, picked=every_row, exact=exact)
-            checked = functools.partial(checked, same_precision=same_precision, allowed=None)
+            checked = functools.partial(check_product, picked=every_row, exact=exact, budget=budget, allowed=None)
             yield f"silu, {fmt.name}, {inputs.case}", functools.partial(_compare, call, checked)
 
 
@@ -84,8 +88,9 @@ def gradients(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
         call = functools.partial(
             kernels.grad_input, grad, layer.qweight, layer.scale, layer.group_code, fmt, in_features
         )
-        checked = functools.partial(check_product, picked=every_row, exact=grad.double() @ w.double())
-        checked = functools.partial(checked, same_precision=grad @ w.to(grad.dtype), allowed=None)
+        does = arithmetic(GRADIENT_TILE, grad.element_size())
+        exact, budget = product_oracle(grad, w.T, None, grad.dtype, does, capability_of(device))
+        checked = functools.partial(check_product, picked=every_row, exact=exact, budget=budget, allowed=None)
         yield f"gradient {fmt.name}", functools.partial(_compare, call, checked)
 
 

@@ -132,20 +132,54 @@ def silu_operand(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (low + high) / 2, (high - low) / 2
 
 
+def gelu_error(x: torch.Tensor) -> torch.Tensor:
+    """fp64 [rows]: the largest error of GELU of ``x`` [rows, K] in fp32."""
+    return GELU_ROUNDINGS * FP32_ROUNDING * x.to(torch.float64).abs().amax(1)
+
+
+def norm_error(exact: torch.Tensor) -> torch.Tensor:
+    """fp64 [rows]: the largest error of a normalized and modulated row in fp32; ``exact``, fp64 [rows, K], is right."""
+    return NORM_ROUNDINGS * FP32_ROUNDING * exact.abs().amax(1)
+
+
 def norm_budget(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp64 [rows, K]: the largest error of a normalized and modulated row, computed in fp32 and rounded to ``dtype``
-    once. ``exact``: the fp64 result.
-    """
-    error = (NORM_ROUNDINGS * FP32_ROUNDING * exact.abs().amax(1, keepdim=True)).expand_as(exact)
+    """fp64 [rows, K]: :func:`norm_error`, and one rounding to ``dtype``."""
+    error = norm_error(exact).unsqueeze(1)
     return error + rounding(exact.abs() + error, dtype)
+
+
+def worst_share_of_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    exact: torch.Tensor,
+    error: torch.Tensor,
+    smallest_amax: float,
+    amax: torch.Tensor | None = None,
+) -> float:
+    """As :func:`worst_share`, of int8 ``codes`` [rows, K] and fp32 ``scales`` [rows] together. A code may be half a
+    step from the exact value, and what fp32 arithmetic before it is off by: so it is the nearest one, or one beside a
+    tie.
+
+    Args:
+        exact: fp64 [rows, K], what is quantized. error: fp64 [rows], the largest error that it already has.
+        smallest_amax: the reach of rows that reach no further.
+        amax: [1], the calibrated reach, or None.
+    """
+    reach = exact.abs().amax(1) if amax is None else amax.to(torch.float64).expand(exact.shape[0])
+    reach = reach.clamp(min=smallest_amax)
+    scaled = (exact * (127 / reach).unsqueeze(1)).clamp(-127, 127)
+    # The error of the value and that of the reach that it is divided by; then the quotient's and the product's.
+    slack = 2 * 127 * error / reach + 2 * 128 * FP32_ROUNDING
+    of_codes = worst_share(codes, scaled, (0.5 + slack).unsqueeze(1).expand_as(scaled))
+    return max(of_codes, worst_share(scales, reach / 127, (error + 2 * FP32_ROUNDING * reach) / 127))
 
 
 def worst_share(actual: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> float:
     """Largest share of ``budget`` that ``actual`` is off by from ``exact``, all of one shape: a right result has 1 at
-    most. NaN if ``actual`` is not finite everywhere; infinite where it errs and nothing is allowed.
+    most. Infinite if ``actual`` is not finite everywhere, or errs where nothing is allowed.
     """
     if not bool(torch.isfinite(actual).all()):
-        return float("nan")
+        return float("inf")
     error = (actual.to(torch.float64) - exact).abs()
     shares = torch.where(error == 0, 0.0, error / budget)
     return float(shares.max()) if shares.numel() else 0.0

@@ -47,6 +47,7 @@ from ditq_kernels.benchmark.run import (
 )
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
+from ditq_kernels.error_budget import product_oracle
 from ditq_kernels.formats import WEIGHT_FORMATS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -243,8 +244,8 @@ def wrong(change):
 
     def prepare(inputs):
         operands = (inputs.x, inputs.weight, inputs.bias)
-        same = F.linear(*operands)[inputs.picked]
-        return Prepared(lambda *parts: change(F.linear(*parts)), operands, 1, unquantized(inputs), same)
+        oracle = product_oracle(inputs.x[inputs.picked], inputs.weight, inputs.bias, DTYPE)
+        return Prepared(lambda *parts: change(F.linear(*parts)), operands, 1, *oracle)
 
     return Contender("wrong", prepare, "ours")
 
@@ -304,7 +305,8 @@ def test_passes_are_checked(contender):
 def test_codes_may_be_off_by_a_tie_and_no_more():
     exact = torch.tensor([[127.0, 0.5, -3.0]], dtype=torch.float64)
     for code, passes in ((0, True), (1, True), (2, False)):
-        assert checks.check_codes(torch.tensor([[127, code, -3]]), torch.ones(1), exact).passed is passes
+        found = checks.check_codes(torch.tensor([[127, code, -3]]), torch.ones(1), exact, torch.zeros(1))
+        assert found.passed is passes
 
 
 # A run
@@ -587,7 +589,7 @@ def swept(stopwatch, count=1, **options):
 def default_for(task):
     from ditq_kernels.kernels.config import heuristic
 
-    return heuristic(tune.problem_of(task, tune.operands_of(task, Inputs(task.case, CPU))[0]))
+    return heuristic(tune.problem_of(task, tune.operands_of(task, Inputs(task.case, CPU))))
 
 
 def test_tasks_come_by_importance_and_once_for_a_class_of_rows():
@@ -618,7 +620,7 @@ def test_a_gain_within_the_spread_is_none():
     from ditq_kernels.kernels.config import candidates
 
     task = tune.tasks([TUNED])[0]
-    problem = tune.problem_of(task, tune.operands_of(task, Inputs(TUNED, CPU))[0])
+    problem = tune.problem_of(task, tune.operands_of(task, Inputs(TUNED, CPU)))
     default, other = list(candidates(problem))[:2]
 
     def around(microseconds):
@@ -652,7 +654,7 @@ def test_candidates_that_no_process_survived_are_not_run(fake_products):
     from ditq_kernels.kernels.config import candidates
 
     task = tune.tasks([TUNED])[0]
-    problem = tune.problem_of(task, tune.operands_of(task, Inputs(TUNED, CPU))[0])
+    problem = tune.problem_of(task, tune.operands_of(task, Inputs(TUNED, CPU)))
     deadly = next(config for config in candidates(problem) if config != default_for(task))
     run_on = []
     fake_products.spoil = lambda config, y: run_on.append(config) or y

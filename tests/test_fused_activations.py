@@ -12,26 +12,14 @@ from ditq_kernels.kernels import config as kernel_config
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
-FP32_EPS = torch.finfo(torch.float32).eps
 MODULES = (kernels, reference)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 static = pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
 
 
 def check_codes(codes, scales, exact, error, amax):
-    """A code may be half a step from the exact value, the rounding, and what fp32 arithmetic before it is off by: so it
-    is the nearest one, or one beside a tie.
-
-    Args:
-        exact: fp64 [rows, columns] that were quantized. error: fp64 [rows], the bound of their fp32 error.
-    """
-    reach = exact.abs().amax(1) if amax is None else amax.double().expand(exact.shape[0])
-    reach = reach.clamp(min=reference.SMALLEST_AMAX)
-    scaled = (exact * (127 / reach).unsqueeze(1)).clamp(-127, 127)
-    # Twice: the error of the value, and that of the reach that it is divided by.
-    slack = 2 * 127 * error / reach + 128 * FP32_EPS
-    assert ((codes.double() - scaled).abs() <= 0.5 + slack.unsqueeze(1)).all()
-    assert ((scales.double() - reach / 127).abs() <= (error + FP32_EPS * reach) / 127).all()
+    """``exact``, fp64 [rows, columns], was quantized; fp32 has put it off by ``error``, fp64 [rows], at most."""
+    assert error_budget.worst_share_of_codes(codes, scales, exact, error, reference.SMALLEST_AMAX, amax) <= 1
 
 
 @pytest.mark.parametrize("approximate", ops.GELU_FORMS)
@@ -42,10 +30,8 @@ def test_gelu_and_quantization(columns, dtype, static, approximate, device):
     x = activations(7, columns, dtype, device)
     amax = torch.tensor([2.5], device=device) if static else None
     exact = F.gelu(x.double(), approximate=approximate)
-    # exp and erf are good to a few units of the last place of 1, and are multiplied by x.
-    error = error_budget.GELU_ROUNDINGS * error_budget.FP32_ROUNDING * x.double().abs().amax(1)
     for module in MODULES:
-        check_codes(*module.gelu_quantize(x, amax, approximate), exact, error, amax)
+        check_codes(*module.gelu_quantize(x, amax, approximate), exact, error_budget.gelu_error(x), amax)
 
 
 def modulation(batch, columns, dtype, device):
@@ -73,13 +59,11 @@ def test_norm_modulate_and_quantization(shape, dtype, static, modulated, affine,
     parts = (*(None if part is None else part[0] for part in (weight, bias)),)
     parts += modulation(batch, columns, dtype, device) if modulated else (None, None)
     amax = torch.tensor([3.0], device=device) if static else None
-    exact = norm_exact(x, *parts)
-    # Sums over the row have the rounding errors of a tree of additions.
-    error = error_budget.NORM_ROUNDINGS * error_budget.FP32_ROUNDING * exact.flatten(0, 1).abs().amax(1)
+    exact = norm_exact(x, *parts).flatten(0, 1)
+    error, budget = error_budget.norm_error(exact), error_budget.norm_budget(exact, dtype)
     for module in MODULES:
-        check_codes(*module.norm_modulate_quantize(x, *parts, amax, EPS), exact.flatten(0, 1), error, amax)
-        y = module.norm_modulate(x, *parts, EPS).flatten(0, 1)
-        assert_within_budget(y, exact.flatten(0, 1), error_budget.norm_budget(exact.flatten(0, 1), dtype))
+        check_codes(*module.norm_modulate_quantize(x, *parts, amax, EPS), exact, error, amax)
+        assert_within_budget(module.norm_modulate(x, *parts, EPS).flatten(0, 1), exact, budget)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is put in on purpose

@@ -68,7 +68,7 @@ def run_share(share: int, shares: int, wanted: Sequence[Task], device: torch.dev
         print(f"{STARTED}\t{task.family}\t{config!r}", flush=True)
         if task.case not in inputs:
             inputs = {task.case: Inputs(task.case, device)}
-        operands, *_ = operands_of(task, inputs[task.case])
+        operands = operands_of(task, inputs[task.case])
         try:
             product_with(task, config)(*operands)
             torch.cuda.synchronize(device)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import reference
+from ..error_budget import worst_share, worst_share_of_codes
+
 CHECKED_ROWS = 512  # compared with the oracle; all others have to be finite
 # Largest ‖y - exact‖ / ‖exact‖ against a product of the unrounded operands, of Gaussian data. A symmetric code of b
 # bits over a group whose largest magnitude is r standard deviations errs by about r / (2**(b - 1) * sqrt(12)): 0.9 %
@@ -19,17 +22,13 @@ OPERANDS_8_BIT = 0.02
 # and lose up to about 2 % at K = 4096 (DeepSeek-V3 technical report, section 3.3.2).
 FP8_FAST_SUMS = 0.03
 WEIGHTS_4_BIT = 0.15
-# A code may be off by one where two computations of the value fall on the two sides of a tie, so its error is half a
-# step and a little.
-CODE_STEPS = 0.51
-SCALE_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
 class Check:
     """Attributes:
     passed: whether the error was within the budget.
-    error: ‖y - exact‖ / ‖exact‖, or of codes the largest deviation in steps.
+    error: ‖y - exact‖ / ‖exact‖, or of codes the largest share of their error budget.
     budget: what was allowed, in words.
     """
 
@@ -76,15 +75,15 @@ def check_product(
     y: torch.Tensor,
     picked: torch.Tensor,
     exact: torch.Tensor,
-    same_precision: torch.Tensor | None,
+    budget: torch.Tensor | None,
     allowed: float | None,
 ) -> Check:
-    """Compare ``y`` [M, N] on the rows ``picked`` with ``exact``, fp64.
+    """Compare ``y`` [M, N] on the rows ``picked`` with ``exact``, fp64 [rows, N].
 
     Args:
-        same_precision: PyTorch's result for the same operands at the contender's precision: each element of ``y`` may
-            be off by twice its largest error, and by one rounding to ``y.dtype``. None leaves this test out.
-        allowed: the largest ‖y - exact‖ / ‖exact‖; None leaves this test out.
+        budget: what each element may be off by, fp64 [rows, N] (:mod:`ditq_kernels.error_budget`); read if ``allowed``
+            is None.
+        allowed: the largest ‖y - exact‖ / ‖exact‖, of operands that are not ours.
     """
     if not bool(torch.isfinite(y).all()):
         return Check(False, float("nan"), "finite outputs everywhere")
@@ -92,19 +91,19 @@ def check_product(
     error = _norm_error(part, exact)
     if allowed is not None:
         return Check(error <= allowed, error, f"{allowed} relative")
-    deviation = (part.to(torch.float64) - exact).abs()
-    own = (same_precision.to(torch.float64) - exact).abs().max()
-    budget = 2 * own + torch.finfo(y.dtype).eps * exact.abs()
-    return Check(bool((deviation <= budget).all()), error, "twice PyTorch's error at that precision and one rounding")
+    share = worst_share(part, exact, budget)
+    return Check(share <= 1, error, f"by the error budget, of which it uses {share:.2g}")
 
 
 def check_codes(
-    codes: torch.Tensor, scales: torch.Tensor, exact: torch.Tensor, amax: torch.Tensor | None = None
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    exact: torch.Tensor,
+    error: torch.Tensor,
+    amax: torch.Tensor | None = None,
 ) -> Check:
-    """Compare int8 ``codes`` [M, K] and ``scales`` [M] with what ``exact``, fp64 [M, K], has to be quantized to."""
-    reach = exact.abs().amax(dim=1) if amax is None else amax.to(torch.float64).expand(exact.shape[0])
-    wanted = (exact * (127 / reach).unsqueeze(1)).clamp(-127, 127)
-    steps = float((codes.to(torch.float64) - wanted).abs().max())
-    off = float((scales.to(torch.float64) * 127 / reach - 1).abs().max())
-    passed = steps <= CODE_STEPS and off <= SCALE_ERROR
-    return Check(passed, max(steps, off), f"{CODE_STEPS} steps, scales within {SCALE_ERROR}")
+    """Compare int8 ``codes`` [M, K] and ``scales`` [M] with what ``exact``, fp64 [M, K], has to be quantized to;
+    ``error``, fp64 [M], is what fp32 may have put it off by before.
+    """
+    share = worst_share_of_codes(codes, scales, exact, error, reference.SMALLEST_AMAX, amax)
+    return Check(share <= 1, share, "1: half a step, and what fp32 is off by before")

@@ -11,16 +11,20 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from .. import reference
+from ..error_budget import PLAIN, Arithmetic, capability_of, product_oracle
 from ..formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
 from ..linear import QuantLinear
 from .cases import Case
 from .checks import FP8_FAST_SUMS, OPERANDS_16_BIT, Check, check_product, checked_rows, poisoned_memory
+
+if TYPE_CHECKING:
+    from ..kernels.config import Config
 
 DTYPE = torch.bfloat16
 BASELINE = "cublas_bf16"
@@ -87,7 +91,7 @@ class Prepared:
         operands: tensors, modules and None; what a rotation copies.
         set_bytes: of the operands that one call reads; a bound from below will do.
         exact: the oracle, fp64 [rows, N], of the rows picked.
-        same_precision, allowed: see :func:`.checks.check_product`.
+        budget, allowed: see :func:`.checks.check_product`.
         config: how our kernels were told, or chose, to compute it.
         note: what a reader of the number has to know.
         poisons: whether the check runs it into poisoned memory; compiled functions would be compiled anew for that.
@@ -97,7 +101,7 @@ class Prepared:
     operands: tuple[Any, ...]
     set_bytes: int
     exact: torch.Tensor
-    same_precision: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
     allowed: float | None = None
     config: str | None = None
     note: str = ""
@@ -125,7 +129,7 @@ def check(prepared: Prepared, inputs: Inputs) -> Check:
     """Run it once and compare."""
     with poisoned_memory() if prepared.poisons else contextlib.nullcontext():
         y = prepared.call(*prepared.operands)
-    return check_product(y, inputs.picked, prepared.exact, prepared.same_precision, prepared.allowed)
+    return check_product(y, inputs.picked, prepared.exact, prepared.budget, prepared.allowed)
 
 
 def unquantized(inputs: Inputs) -> torch.Tensor:
@@ -217,20 +221,25 @@ TORCH = (
 def int8_oracle(
     inputs: Inputs, layer: QuantLinear, codes: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(exact, same precision) of int8 activations times ``layer``'s weights, rows picked."""
+    """(exact, budget) of int8 activations times ``layer``'s weights, rows picked."""
     qx, sx = (part[inputs.picked] for part in codes or inputs.codes)
-    w = layer.dequantized_weight()
-    exact = F.linear(
-        qx.to(torch.float64) * sx.to(torch.float64).unsqueeze(1), w.to(torch.float64), inputs.bias.to(torch.float64)
-    )
-    x = qx.to(torch.float32) * sx.unsqueeze(1)
-    return exact, F.linear(x, w, inputs.bias.to(torch.float32)).to(DTYPE)
+    x = qx.to(torch.float64) * sx.to(torch.float64).unsqueeze(1)
+    return product_oracle(x, layer.dequantized_weight(), inputs.bias, DTYPE)
 
 
-def a16_oracle(inputs: Inputs, layer: QuantLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    x, w = inputs.x[inputs.picked], layer.dequantized_weight()
-    exact = F.linear(x.to(torch.float64), w.to(torch.float64), inputs.bias.to(torch.float64))
-    return exact, F.linear(x, w.to(DTYPE), inputs.bias)
+def a16_oracle(inputs: Inputs, layer: QuantLinear, arithmetic: Arithmetic = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exact, budget) of 16-bit activations times ``layer``'s weights, rows picked."""
+    x, capability = inputs.x[inputs.picked], capability_of(inputs.device)
+    return product_oracle(x, layer.dequantized_weight(), inputs.bias, DTYPE, arithmetic, capability)
+
+
+def arithmetic_of(config: Config | None, activation_bytes: int) -> Arithmetic:
+    """What a product by ``config`` does to numbers; None stands for the reference."""
+    if config is None:
+        return PLAIN
+    from ..kernels.config import arithmetic
+
+    return arithmetic(config, activation_bytes)
 
 
 def _dispatch() -> ModuleType:
@@ -241,7 +250,7 @@ def _dispatch() -> ModuleType:
 
 
 def _route_config(x: torch.Tensor, inputs: Inputs, fmt: WeightFormat, route: str | None):
-    """(config to pass, or None for the one that is chosen; its name). CPU tensors have neither."""
+    """(config to pass, or None for the one that is chosen; the one that runs). CPU tensors have neither."""
     if inputs.device.type != "cuda":
         if route is not None:
             raise Unavailable(f"route {route!r} takes CUDA tensors")
@@ -250,12 +259,16 @@ def _route_config(x: torch.Tensor, inputs: Inputs, fmt: WeightFormat, route: str
 
     problem = dispatch.problem_of(x, inputs.case.out_features, fmt)
     if route is None:
-        return None, str(tables.choose(problem, device.describe(inputs.device).name))
+        return None, tables.choose(problem, device.describe(inputs.device).name)
     possible = [candidate for candidate in config.candidates(problem) if candidate.route == route]
     if not possible:
         raise Unavailable(f"no configuration of route {route!r} is valid (not built, not loaded, or not for {problem})")
     best = min(possible, key=lambda candidate: config.estimate(candidate, problem))
-    return best, str(best)
+    return best, best
+
+
+def _name(config: Config | None) -> str | None:
+    return None if config is None else str(config)
 
 
 def _ours_a8(scheme: Scheme, quantizes: bool, route: str | None, inputs: Inputs) -> Prepared:
@@ -266,7 +279,7 @@ def _ours_a8(scheme: Scheme, quantizes: bool, route: str | None, inputs: Inputs)
     weight = (layer.qweight, layer.scale, layer.group_code, layer.bias)
     amax = inputs.amax if scheme.static else None
     codes = reference.quantize_activation(inputs.x, amax)
-    chosen, config = _route_config(codes[0], inputs, fmt, route)
+    chosen, runs = _route_config(codes[0], inputs, fmt, route)
 
     def product(qx, sx, *weight):
         if chosen is not None:
@@ -278,21 +291,23 @@ def _ours_a8(scheme: Scheme, quantizes: bool, route: str | None, inputs: Inputs)
 
     operands = (inputs.x, amax, *weight) if quantizes else (*codes, *weight)
     call = quantize_and_multiply if quantizes else product
-    return Prepared(call, operands, nbytes(*operands), *int8_oracle(inputs, layer, codes), config=config, poisons=True)
+    oracle = int8_oracle(inputs, layer, codes)
+    return Prepared(call, operands, nbytes(*operands), *oracle, config=_name(runs), poisons=True)
 
 
 def _ours_a16(scheme: Scheme, route: str | None, inputs: Inputs) -> Prepared:
     fmt = scheme.weight
     layer = inputs.stored(fmt)
     operands = (inputs.x, layer.qweight, layer.scale, layer.group_code, layer.bias)
-    chosen, config = _route_config(inputs.x, inputs, fmt, route)
+    chosen, runs = _route_config(inputs.x, inputs, fmt, route)
 
     def call(*operands):
         if chosen is not None:
             return _dispatch().linear_a16(*operands, fmt, config=chosen)
         return torch.ops.ditq.linear_a16(*operands, fmt.name, False)
 
-    return Prepared(call, operands, nbytes(*operands), *a16_oracle(inputs, layer), config=config, poisons=True)
+    oracle = a16_oracle(inputs, layer, arithmetic_of(runs, inputs.x.element_size()))
+    return Prepared(call, operands, nbytes(*operands), *oracle, config=_name(runs), poisons=True)
 
 
 def ours(schemes: tuple[str, ...] = (*RECOMMENDED, "w8a16")) -> tuple[Contender, ...]:

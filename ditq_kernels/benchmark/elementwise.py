@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..error_budget import gelu_error, norm_budget, norm_error
 from .cases import Case
 from .checks import Check, check_codes, check_product, checked_rows, poisoned_memory
 from .contenders import DTYPE
@@ -65,7 +66,9 @@ def _quantize(static: bool, gelu: str | None, case: Case, device: torch.device) 
 
     def check(result: tuple[torch.Tensor, torch.Tensor]) -> Check:
         codes, scales = result
-        return check_codes(codes[picked], scales[picked], exactly(x[picked]), amax)
+        rows = x[picked]
+        error = gelu_error(rows) if gelu else torch.zeros(len(rows), dtype=torch.float64, device=device)
+        return check_codes(codes[picked], scales[picked], exactly(rows), error, amax)
 
     return Pass(call, (x, amax), _moved(case, 1, True), check)
 
@@ -81,18 +84,18 @@ def _norm(quantizes: bool, case: Case, device: torch.device) -> Pass:
     shift, scale = (_activations(Case(batch, 1, case.in_features), device, seed) for seed in (1, 2))
     picked = checked_rows(case.rows, device)
 
-    def normed(dtype: torch.dtype) -> torch.Tensor:
-        parts = (part.repeat_interleave(case.rows // batch, 0)[picked].to(dtype) for part in (shift, scale))
+    def normed() -> torch.Tensor:
+        parts = (part.repeat_interleave(case.rows // batch, 0)[picked].to(torch.float64) for part in (shift, scale))
         offset, gain = parts
-        rows = x.flatten(0, 1)[picked].to(dtype)
+        rows = x.flatten(0, 1)[picked].to(torch.float64)
         return F.layer_norm(rows, rows.shape[-1:], eps=EPS) * (1 + gain) + offset
 
     def check(result: Any) -> Check:
-        exact = normed(torch.float64)
+        exact = normed()
         if quantizes:
             codes, scales = result
-            return check_codes(codes[picked], scales[picked], exact)
-        return check_product(result.flatten(0, 1), picked, exact, normed(torch.float32).to(DTYPE), None)
+            return check_codes(codes[picked], scales[picked], exact, norm_error(exact))
+        return check_product(result.flatten(0, 1), picked, exact, norm_budget(exact, DTYPE), None)
 
     def call(x, shift, scale):
         if quantizes:

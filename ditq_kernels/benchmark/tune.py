@@ -6,6 +6,7 @@ All candidates are timed briefly first; the best few and the heuristic's choice 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..error_budget import Arithmetic
 from ..formats import WEIGHT_FORMATS, WeightFormat
 from .cases import TARGET_SHAPES, Case
-from .contenders import DTYPE, Inputs, Prepared, a16_oracle, check, int8_oracle, nbytes
+from .contenders import DTYPE, Inputs, Prepared, a16_oracle, arithmetic_of, check, int8_oracle, nbytes
 from .run import one_line
 from .timing import CudaStopwatch, DeviceLost, Recording, Stopwatch, Timing, interleave, record, rotation
 
@@ -102,13 +104,24 @@ def tasks(cases: Iterable[Case], quick: bool = False) -> list[Task]:
     return list(found.values())
 
 
-def operands_of(task: Task, inputs: Inputs) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]:
-    """(operands of a product, exact result, result at the same precision) of one task."""
+def operands_of(task: Task, inputs: Inputs) -> tuple[Any, ...]:
+    """The operands of one task's product."""
     layer = inputs.stored(task.fmt)
     weight = (layer.qweight, layer.scale, layer.group_code, layer.bias)
-    if task.activation_bytes == 1:
-        return (*inputs.codes, *weight), *int8_oracle(inputs, layer)
-    return (inputs.x, *weight), *a16_oracle(inputs, layer)
+    return (*inputs.codes, *weight) if task.activation_bytes == 1 else (inputs.x, *weight)
+
+
+def oracle_of(task: Task, inputs: Inputs) -> Callable[[Config], tuple[torch.Tensor, torch.Tensor]]:
+    """(exact result, error budget) of :func:`product_with` by a configuration, computed once for all that do the same
+    to numbers.
+    """
+    layer = inputs.stored(task.fmt)
+
+    @functools.cache
+    def oracle(arithmetic: Arithmetic) -> tuple[torch.Tensor, torch.Tensor]:
+        return int8_oracle(inputs, layer) if task.activation_bytes == 1 else a16_oracle(inputs, layer, arithmetic)
+
+    return lambda config: oracle(arithmetic_of(config, task.activation_bytes))
 
 
 def product_with(task: Task, config: Config) -> Callable[..., torch.Tensor]:
@@ -139,14 +152,12 @@ def record_candidates(
     Raises:
         DeviceLost: if the device fails for good.
     """
-    operands, exact, same_precision = operands_of(task, inputs)
+    operands, oracle = operands_of(task, inputs), oracle_of(task, inputs)
     written = DTYPE.itemsize * task.case.rows * task.case.out_features
     sets = rotation(operands, nbytes(*operands) + written, stopwatch.l2_bytes)  # the same for all candidates
     recordings: dict[Config, Recording] = {}
     for config in candidates:
-        prepared = Prepared(
-            product_with(task, config), operands, nbytes(*operands), exact, same_precision, poisons=True
-        )
+        prepared = Prepared(product_with(task, config), operands, nbytes(*operands), *oracle(config), poisons=True)
         try:
             found = check(prepared, inputs)
             if not found.passed:
@@ -232,7 +243,7 @@ def sweep(
         try:
             if cached is None or cached[0] != task.case:
                 cached = task.case, Inputs(task.case, device)
-            operands, *_ = operands_of(task, cached[1])
+            operands = operands_of(task, cached[1])
             problem = problem_of(task, operands)
             default = heuristic(problem)
             # The heuristic's choice first: without its time there is nothing to compare with.
