@@ -17,13 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ditq_kernels import kernels, reference
+from ditq_kernels import kernels
 from ditq_kernels.benchmark.cases import Case
 from ditq_kernels.benchmark.checks import Check, check_product
 from ditq_kernels.benchmark.contenders import Inputs
 from ditq_kernels.benchmark.tune import Task, operands_of, problem_of, product_with
-from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels.config import candidates
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 # No side is a multiple of any tile's but the first K.
 FEW_ROWS, MANY_ROWS = (2, 72, 256), (137, 264, 272)

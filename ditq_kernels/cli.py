@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .analysis import command as analysis_command
 from .benchmark import options as benchmark_options
-from .calibration import ALL_STEPS, DEFAULT_PICTURES, DEFAULT_STEP
 from .evaluation import command as evaluation_command
+from .model.calibration import ALL_STEPS, DEFAULT_PICTURES, DEFAULT_STEP
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -58,8 +58,8 @@ def _calibrate(source, args: argparse.Namespace, scheme):
     """
     if not scheme.static and args.rounding != "compensated":
         return None
-    from .calibration import calibrate
     from .integrations.sampling import default_scheduler, sample
+    from .model.calibration import calibrate
 
     config = source.transformer.config
     if type(source.transformer).__name__ != "DiTTransformer2DModel":
@@ -78,8 +78,8 @@ def _calibrate(source, args: argparse.Namespace, scheme):
 
 
 def quantize_command(args: argparse.Namespace) -> int:
-    from .conversion import plan, quantize, quantized_layers
-    from .formats import Scheme
+    from .layer.formats import Scheme
+    from .model.conversion import plan, quantize, quantized_layers
 
     scheme = Scheme.parse(args.scheme)
     if not args.plan_only:
@@ -164,7 +164,7 @@ def inspect_command(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from .kernels import inspection
+    from .inspect import inspection
     from .progress import track
 
     if args.driver:
@@ -370,7 +370,7 @@ def _seed(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     args = _parser().parse_args(argv)
-    from .errors import UnsupportedError
+    from .layer.errors import UnsupportedError
 
     try:
         return args.run(args)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from . import __version__, extension
-from .backend import BACKENDS, why_unavailable
+from . import __version__
+from .layer import extension
+from .layer.backend import BACKENDS, why_unavailable
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics")
 

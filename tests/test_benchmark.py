@@ -47,7 +47,7 @@ from ditq_kernels.benchmark.run import (
 )
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -557,7 +557,7 @@ class TunedStopwatch(SteppedStopwatch):
 @pytest.fixture
 def fake_products(monkeypatch):
     """Products by the reference, whose made-up duration is ``cost(config)``; the stopwatch that reads it."""
-    from ditq_kernels import reference
+    from ditq_kernels.layer import reference
 
     stopwatch = TunedStopwatch()
     stopwatch.cost = lambda config: 1e-5

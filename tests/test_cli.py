@@ -13,10 +13,10 @@ from test_sampling import tiny_dit
 
 import ditq_kernels
 from ditq_kernels import cli
-from ditq_kernels.conversion import quantized_layers
 from ditq_kernels.integrations import diffusers as sources
 from ditq_kernels.integrations.diffusers import LABEL_FILE, PIPELINE_FILE, load_source
 from ditq_kernels.integrations.sampling import sample, save_grid
+from ditq_kernels.model.conversion import quantized_layers
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from oracle import activations, assert_within_budget, linear
 
-from ditq_kernels import QuantLinear, reference
-from ditq_kernels.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels import QuantLinear
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 
 ROOT = Path(__file__).parent.parent
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/float_type.h

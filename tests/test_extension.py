@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from oracle import activations, assert_within_budget, linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ditq_kernels import QuantLinear, extension, packing, reference
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels import QuantLinear
+from ditq_kernels.layer import extension, packing, reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None

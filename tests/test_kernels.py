@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from oracle import SHAPES, activations, assert_within_budget, linear
 
-from ditq_kernels import SCHEMES, QuantLinear, kernels, reference
-from ditq_kernels.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels import SCHEMES, QuantLinear, kernels
 from ditq_kernels.kernels import activation
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

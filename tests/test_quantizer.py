@@ -2,10 +2,10 @@ import pytest
 import torch
 from oracle import linear
 
-from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.packing import LAYOUTS, pack_groups
-from ditq_kernels.quantizer import ZERO_POINT_RULES, quantize_weight
-from ditq_kernels.reference import dequantize
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packing import LAYOUTS, pack_groups
+from ditq_kernels.layer.quantizer import ZERO_POINT_RULES, quantize_weight
+from ditq_kernels.layer.reference import dequantize
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 TWO_LEVEL = [fmt for fmt in WEIGHT_FORMATS.values() if fmt.two_level]

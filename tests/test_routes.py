@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from oracle import activations, assert_within_budget, linear
 
-from ditq_kernels import QuantLinear, reference
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels import QuantLinear
 from ditq_kernels.kernels import config, dispatch, expansion, gradient
 from ditq_kernels.kernels.config import CONFIGS, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
 from ditq_kernels.kernels.in_loop_product import in_loop_product_kernel
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 from small_sources import digests, small_dit, small_pipeline
 
 import ditq_kernels as ditq
-from ditq_kernels.conversion import quantized_layers
 from ditq_kernels.integrations import diffusers as sources
 from ditq_kernels.integrations.diffusers import Source, load_source, save_quantized
+from ditq_kernels.model.conversion import quantized_layers
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..calibration import DEFAULT_STEP
+from ..model.calibration import DEFAULT_STEP
 
 TRIAL_STEPS = 10
 SEED_STRIDE = 7919  # a prime: classes of consecutive pictures lie far apart

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import reference
-from ..formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
-from ..linear import QuantLinear
+from ..layer import reference
+from ..layer.formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
+from ..layer.linear import QuantLinear
 from .cases import Case
 from .checks import FP8_FAST_SUMS, OPERANDS_16_BIT, Check, check_product, checked_rows, poisoned_memory
 

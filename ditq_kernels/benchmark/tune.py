@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import WEIGHT_FORMATS, WeightFormat
+from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .cases import TARGET_SHAPES, Case
 from .contenders import DTYPE, Inputs, Prepared, a16_oracle, check, int8_oracle, nbytes
 from .run import one_line

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..calibration import Calibration
+from ..model.calibration import Calibration
 from .fashion_mnist import CLASS_NAMES
 from .run import Result, Settings, noise_floor
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion import ROUNDINGS
+from ..model.conversion import ROUNDINGS
 
 if TYPE_CHECKING:
     from .run import Judge
@@ -45,7 +45,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .. import __version__
     from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, save_grid
-    from ..quantizer import DEFAULT_ZERO_POINT
+    from ..layer.quantizer import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings
     from .samples import save_for_other_evaluators

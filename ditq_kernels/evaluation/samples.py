@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..conversion import quantized_layers
-from ..pictures import to_levels
+from ..integrations.pictures import to_levels
+from ..model.conversion import quantized_layers
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .. import checkpoint
-from ..manifest import MANIFEST_FILE
+from ..checkpoint import store
+from ..checkpoint.manifest import MANIFEST_FILE
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -114,7 +114,7 @@ def _stored_dtype(directory: Path) -> torch.dtype:
 
 def _load_transformer(directory: Path, device: torch.device | str | None) -> nn.Module:
     if (directory / MANIFEST_FILE).exists():
-        return checkpoint.load(directory, device)
+        return store.load(directory, device)
     name = str(_read_json(directory / CONFIG_FILE).get("_class_name", ""))
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
@@ -196,9 +196,9 @@ def save_quantized(source: Source, directory: str | os.PathLike) -> None:
     try:
         if source.is_pipeline:
             shutil.copytree(source.path, unfinished, ignore=lambda _, names: {"transformer"} & set(names))
-            checkpoint.save(source.transformer, unfinished / "transformer")
+            store.save(source.transformer, unfinished / "transformer")
         else:
-            checkpoint.save(source.transformer, unfinished)
+            store.save(source.transformer, unfinished)
             if (source.path / "scheduler").is_dir():
                 shutil.copytree(source.path / "scheduler", unfinished / "scheduler")
             if (source.path / LABEL_FILE).exists():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..pictures import to_levels
+from .pictures import to_levels
 
 # diffusers' own settings for DiT-XL/2, for models that come without a scheduler.
 DEFAULT_SCHEDULE = dict(

@@ -7,8 +7,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .. import extension
-from ..formats import WeightFormat
+from ..layer import extension
+from ..layer.formats import WeightFormat
 from . import tables
 from .config import Config, Problem, row_class
 from .dense_product import dense_product
@@ -104,7 +104,7 @@ def linear_a8(
     out_dtype: torch.dtype,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
+    """See :func:`ditq_kernels.layer.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
     return product(Operands(qx, sx.contiguous(), qweight, scale, group_code, bias, fmt, out_dtype), config)
 
 
@@ -118,7 +118,7 @@ def linear_a16(
     silu: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a16`; sums in fp32 over activations in their own dtype. ``config`` None
-    takes the one chosen for the problem.
+    """See :func:`ditq_kernels.layer.reference.linear_a16`; sums in fp32 over activations in their own dtype.
+    ``config`` None takes the one chosen for the problem.
     """
     return product(Operands(x, None, qweight, scale, group_code, bias, fmt, x.dtype, silu), config)

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
-from ..packing import BLOCK as _BLOCK
+from ..layer.formats import WeightFormat
+from ..layer.packing import BLOCK as _BLOCK
 from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, part_of_block
 from .dense_product import dense_product

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
 from .config import GRADIENT_TILE, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .device import launch_device
@@ -97,7 +97,9 @@ def grad_input(
     fmt: WeightFormat,
     in_features: int,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.grad_input`; weights are rounded to the gradient's dtype, sums are fp32."""
+    """See :func:`ditq_kernels.layer.reference.grad_input`; weights are rounded to the gradient's dtype, sums are
+    fp32.
+    """
     rows, out_features = grad.shape
     grad_x = torch.empty((rows, in_features), dtype=grad.dtype, device=grad.device)
     if not grad_x.numel():

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
 
 
 class Operands(NamedTuple):
     """Attributes:
     x: [M, K] int8, or activations in their own dtype; rows may be strided, columns not.
     sx: fp32 [M] of int8 activations, else None.
-    qweight, scale, group_code: the stored weight (:mod:`ditq_kernels.packing`).
+    qweight, scale, group_code: the stored weight (:mod:`ditq_kernels.layer.packing`).
     bias: [N] or None.
     fmt: of the weight.
     out_dtype: of the result; int32 means the accumulators as they are.

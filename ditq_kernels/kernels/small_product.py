@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
 from .config import Config, cdiv
 from .decode import BLOCK, HALF_BLOCK, group_index
 from .epilogue import epilogue, store_tile

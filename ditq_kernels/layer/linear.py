@@ -84,7 +84,7 @@ class QuantLinear(nn.Linear):
             scheme: a :class:`Scheme` or its name.
             input_amax: the calibrated largest input magnitude, needed by static schemes.
             input_moment: fp32 [K, K], the sum of ``x x^T`` over observed tokens; rounds with error compensation.
-            clip, zero_point: see :func:`ditq_kernels.quantizer.quantize_weight`.
+            clip, zero_point: see :func:`ditq_kernels.layer.quantizer.quantize_weight`.
 
         Raises:
             TypeError: if ``linear`` is not an ``nn.Linear``, or is quantized already.

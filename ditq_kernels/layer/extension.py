@@ -14,7 +14,7 @@ import torch
 
 from .formats import WeightFormat
 
-LIBRARY = Path(__file__).with_name("_C.abi3.so")
+LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"  # where setup.py leaves it
 BUILD_IT = (
     "with nvcc on PATH, install torch, setuptools and nvidia-cutlass==4.2.0.0 (--no-deps), then "
     "DITQ_BUILD_CUDA=1 pip install --no-build-isolation -e ."

@@ -228,9 +228,9 @@ def quantized_linear(
     """``x`` [..., K] times a packed weight, to [..., N] in ``x.dtype``; differentiable in ``x`` and ``bias``.
 
     Args:
-        qweight, scale, group_code: the stored weight, as :mod:`ditq_kernels.packing` lays it out.
+        qweight, scale, group_code: the stored weight, as :mod:`ditq_kernels.layer.packing` lays it out.
         bias: [N], any float dtype; added in fp32.
-        weight_format: a key of :data:`ditq_kernels.formats.WEIGHT_FORMATS`.
+        weight_format: a key of :data:`ditq_kernels.layer.formats.WEIGHT_FORMATS`.
         quantizes_input: whether the input is rounded to int8 first.
         amax: fp32 [1], the calibrated reach of the input; None finds one per row.
 

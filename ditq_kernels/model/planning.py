@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..layer.formats import Scheme
+from ..layer.packing import LAYOUTS
 from .budget import Option, allocate, alternatives, rounding_error
-from .formats import Scheme
 from .observation import linear_layers
-from .packing import LAYOUTS
 from .plan_table import plan_table
 from .recipes import recipe_for
 
@@ -186,10 +186,12 @@ def plan(
     calibration: Calibration | None = None,
     errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Plan:
-    """What :func:`ditq_kernels.conversion.quantize` would do to ``model``, by its class's recipe or the general one.
+    """What :func:`ditq_kernels.model.conversion.quantize` would do to ``model``, by its class's recipe or the general
+    one.
 
-    With a budget, each layer that the recipe quantizes gets, of the weight formats :data:`ditq_kernels.budget.WEIGHTS`,
-    the one that makes the sum of the layers' errors least; its activations are those of ``scheme``.
+    With a budget, each layer that the recipe quantizes gets, of the weight formats
+    :data:`ditq_kernels.model.budget.WEIGHTS`, the one that makes the sum of the layers' errors least; its activations
+    are those of ``scheme``.
 
     Args:
         budget_bits: stored bits per weight, scales included, over the layers quantized.

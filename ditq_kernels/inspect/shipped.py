@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats import WEIGHT_FORMATS, WeightFormat
-from . import activation, dense_product, expansion, gradient, in_loop_product, small_product
-from .config import CONFIGS, Config, Problem, is_valid
+from ..kernels import activation, dense_product, expansion, gradient, in_loop_product, small_product
+from ..kernels.config import CONFIGS, Config, Problem, is_valid
+from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .machine_code import Variant
 
 EVEN_WIDTH, RAGGED_WIDTH = 3072, 1136

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .conversion import replace_module
-from .linear import QuantLinear
+from ..layer.linear import QuantLinear
+from ..model.conversion import replace_module
+from ..model.planning import obstacle_to
 from .manifest import (
     PROGRESS_BYTES,
     TENSOR_FILE,
@@ -23,7 +24,6 @@ from .manifest import (
     model_config,
     sha256,
 )
-from .planning import obstacle_to
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -116,7 +116,7 @@ def load(
 
 
 def _version() -> str:
-    from . import __version__  # the package's root imports this file
+    from .. import __version__  # the package's root imports this file
 
     return __version__
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from .config import SHARED_MEMORY
+from ..kernels.config import SHARED_MEMORY
 from .machine_code import MACS_PER_CLOCK, MachineCode, Variant, compile_variant
 from .shipped import variants
 

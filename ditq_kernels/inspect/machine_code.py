@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import SHARED_MEMORY
+from ..kernels.config import SHARED_MEMORY
 
 # Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
 # the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
