@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # stand at the top level ("") each by itself, because kernels/ stands among them.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("progress",),
+        ("files", "progress"),
         ("layer/__init__", "layer/errors", "layer/formats"),
         ("layer/packing",),
         ("layer/quantizer", "layer/reference", "layer/extension"),

@@ -102,7 +102,7 @@ def test_a_failure_at_the_last_moment_leaves_nothing(kind, request, tmp_path, mo
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.rename", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_quantized(source, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

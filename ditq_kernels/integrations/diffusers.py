@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from ..checkpoint import store
 from ..checkpoint.manifest import MANIFEST_FILE
+from ..files import written_whole
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -190,10 +190,7 @@ def save_quantized(source: Source, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     check_target(source, directory)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
-    try:
+    with written_whole(directory) as unfinished:
         if source.is_pipeline:
             shutil.copytree(source.path, unfinished, ignore=lambda _, names: {"transformer"} & set(names))
             store.save(source.transformer, unfinished / "transformer")
@@ -203,6 +200,3 @@ def save_quantized(source: Source, directory: str | os.PathLike) -> None:
                 shutil.copytree(source.path / "scheduler", unfinished / "scheduler")
             if (source.path / LABEL_FILE).exists():
                 shutil.copy2(source.path / LABEL_FILE, unfinished)
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
