@@ -528,7 +528,7 @@ def test_bench_writes_a_report_and_does_without_matplotlib(pretended_gpu, tmp_pa
 
 def test_the_commands_say_that_a_cpu_has_nothing_to_measure(monkeypatch, capsys):
     inspected = []
-    monkeypatch.setattr(cli, "_inspect_instead", lambda: inspected.append(True) or 0)
+    monkeypatch.setattr("ditq_kernels.inspect.command.inspect_kernels", lambda: inspected.append(True) or 0)
     assert cli.main(["bench", "--device", "cpu", "--quick"]) == 0
     assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and inspected == [True]
     assert cli.main(["tune", "--device", "cpu"]) == 0
