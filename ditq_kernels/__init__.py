@@ -8,7 +8,8 @@ from .layer.linear import QuantLinear
 from .layer.ops import quantize_activation
 from .model.calibration import Calibration, calibrate
 from .model.conversion import quantize
-from .model.planning import Plan, PlanEntry, plan
+from .model.plan_entry import PlanEntry
+from .model.planning import Plan, plan
 from .model.smoothing import smooth
 
 __version__ = "0.1.0"

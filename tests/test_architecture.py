@@ -41,7 +41,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cuda"),
     ),
     "model": (
-        ("__init__", "observation", "recipes", "budget"),
+        ("__init__", "observation", "recipes", "budget", "plan_entry"),
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
         ("conversion",),
@@ -184,8 +184,6 @@ def check(path: Path, package: Path = PACKAGE) -> None:
         if found.ours:
             if found.name == "__version__":
                 continue  # the package's root imports most files, and this one value is there before it does
-            if name == "model/plan_table" and target == ("model", "planning"):
-                continue  # a type
             other = _unit(target, "")
             folder = _folder_of_both(parts, target)
             if _unit(parts, folder) != _unit(target, folder):

@@ -12,7 +12,8 @@ from ..layer.linear import QuantLinear
 from ..layer.quantizer import quantize_weight
 from .calibration import Calibration
 from .observation import linear_layers
-from .planning import Plan, PlanEntry, obstacle_to, plan
+from .plan_entry import PlanEntry
+from .planning import Plan, obstacle_to, plan
 
 ROUNDINGS = ("nearest", "compensated")
 
