@@ -63,28 +63,25 @@ def products_with_silu(device: torch.device) -> Iterator[tuple[str, Callable[[],
         inputs = Inputs(Case(*shape), device)
         for fmt in (WEIGHT_FORMATS[name] for name in FORMATS):
             layer = inputs.stored(fmt)
-            weight = (layer.qweight, layer.scale, layer.group_code)
             w, entering = layer.dequantized_weight(), torch.nn.functional.silu(inputs.x)
             exact = torch.nn.functional.linear(entering.double(), w.double(), layer.bias.double())
             same_precision = torch.nn.functional.linear(entering, w.to(entering.dtype), layer.bias.to(entering.dtype))
             every_row = torch.arange(len(entering), device=device)
-            call = functools.partial(kernels.linear_a16, inputs.x, *weight, layer.bias, fmt, True)
+            call = functools.partial(kernels.linear_a16, inputs.x, layer.packed_weight, layer.bias, True)
             checked = functools.partial(check_product, picked=every_row, exact=exact)
             checked = functools.partial(checked, same_precision=same_precision, allowed=None)
             yield f"silu, {fmt.name}, {inputs.case}", functools.partial(_compare, call, checked)
 
 
 def gradients(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    rows, out_features, in_features = MANY_ROWS
+    rows, out_features, _ = MANY_ROWS
     inputs = Inputs(Case(*MANY_ROWS), device)
     grad = torch.randn(rows, out_features, device=device, dtype=inputs.x.dtype)
     every_row = torch.arange(rows, device=device)
     for fmt in (WEIGHT_FORMATS[name] for name in FORMATS):
         layer = inputs.stored(fmt)
         w = layer.dequantized_weight()
-        call = functools.partial(
-            kernels.grad_input, grad, layer.qweight, layer.scale, layer.group_code, fmt, in_features
-        )
+        call = functools.partial(kernels.grad_input, grad, layer.packed_weight)
         checked = functools.partial(check_product, picked=every_row, exact=grad.double() @ w.double())
         checked = functools.partial(checked, same_precision=grad @ w.to(grad.dtype), allowed=None)
         yield f"gradient {fmt.name}", functools.partial(_compare, call, checked)

@@ -16,7 +16,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("files", "progress"),
         ("layer/__init__", "layer/errors", "layer/formats"),
-        ("layer/packing",),
+        ("layer/packing", "layer/packed_weight"),
         ("layer/quantizer", "layer/reference", "layer/extension"),
         ("kernels",),
         ("layer/backend",),

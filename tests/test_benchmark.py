@@ -48,6 +48,7 @@ from ditq_kernels.benchmark.run import (
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -566,10 +567,12 @@ def fake_products(monkeypatch):
     def product_with(task, config):
         def call(*operands):
             stopwatch.now += stopwatch.cost(config)
+            *activations, qweight, scale, group_code, bias = operands
+            weight = PackedWeight(qweight, scale, group_code, task.fmt, task.case.in_features)
             if task.activation_bytes == 1:
-                y = reference.linear_a8(*operands, task.fmt, DTYPE)
+                y = reference.linear_a8(*activations, weight, bias, DTYPE)
             else:
-                y = reference.linear_a16(*operands, task.fmt)
+                y = reference.linear_a16(*activations, weight, bias)
             return stopwatch.spoil(config, y)
 
         return call

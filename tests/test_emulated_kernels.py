@@ -79,10 +79,10 @@ def test_decoders(tmp_path):
     assert int(result.stdout) == sum(largest_multiplier(zero_point) for zero_point in range(CODE4_MAX + 1))
 
 
-def product(emulator, x, qweight, scale, group_code, bias, fmt, silu=False, kernel=AS_BOUND, misalignment=0):
+def product(emulator, x, weight, bias, silu=False, kernel=AS_BOUND, misalignment=0):
     """([M, N], the kernel that ran) of ``reference.linear_a16``'s arguments."""
-    rows, in_features = x.shape
-    out_features = qweight.shape[0]
+    rows, out_features = len(x), weight.out_features
+    qweight, scale, group_code, fmt, in_features = weight
     header = (
         FLOAT_TYPES[x.dtype],
         -1 if bias is None else FLOAT_TYPES[bias.dtype],
@@ -113,15 +113,15 @@ def product(emulator, x, qweight, scale, group_code, bias, fmt, silu=False, kern
 
 
 def stored(fmt, out_features, in_features):
-    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    """The weight and the bias of a layer in ``fmt``."""
     layer = QuantLinear.from_linear(
         linear(out_features, in_features, torch.device("cpu")), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     )
-    return (layer.qweight.detach(), layer.scale.detach(), layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
-def assert_is_the_product(actual, x, weight, bias, fmt):
-    w = reference.dequantize(*weight, fmt, x.shape[1])
+def assert_is_the_product(actual, x, weight, bias):
+    w = reference.dequantize(weight)
     exact = F.linear(x.double(), w.double(), bias.double())
     assert_within_budget(actual, F.linear(x, w.to(x.dtype), bias.to(x.dtype)), exact)
 
@@ -139,12 +139,12 @@ def test_products(fmt, shape, dtype, emulator):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features)
     x = activations(rows, in_features, dtype, torch.device("cpu"))
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     assert ran == (MATRIX if suits_matrix_kernel(x, fmt) else SCALAR)
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
     if ran == MATRIX:  # the other kernel serves these too
-        actual, _ = product(emulator, x, *weight, bias, fmt, kernel=SCALAR)
-        assert_is_the_product(actual, x, weight, bias, fmt)
+        actual, _ = product(emulator, x, weight, bias, kernel=SCALAR)
+        assert_is_the_product(actual, x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["matrix", "scalar"])
@@ -152,12 +152,13 @@ def test_products(fmt, shape, dtype, emulator):
 def test_identity_activations_decode_the_weight(fmt, dtype, emulator):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
     out_features, in_features = 16, 320
-    (qweight, scale, group_code), _ = stored(fmt, out_features, in_features)
-    scale = torch.exp2(torch.randint(-3, 4, scale.shape)).to(torch.float32)  # so that 16 bits hold the product
-    expected = reference.dequantize(qweight, scale, group_code, fmt, in_features).T
+    weight, _ = stored(fmt, out_features, in_features)
+    scale = torch.exp2(torch.randint(-3, 4, weight.scale.shape)).to(torch.float32)  # so that 16 bits hold the product
+    weight = weight._replace(scale=scale)
+    expected = reference.dequantize(weight).T
     identity = torch.eye(in_features, dtype=dtype)
     for first in range(0, in_features, 16):
-        actual, _ = product(emulator, identity[first : first + 16], qweight, scale, group_code, None, fmt)
+        actual, _ = product(emulator, identity[first : first + 16], weight, None)
         assert torch.equal(actual.float(), expected[first : first + 16])
 
 
@@ -170,8 +171,8 @@ def test_silu_and_a_bias_of_each_type(name, dtype, emulator):
     after = F.silu(x)
     for bias_dtype in FLOAT_TYPES:
         added = bias.to(bias_dtype)
-        actual, _ = product(emulator, x, *weight, added, fmt, silu=True)
-        assert_is_the_product(actual, after, weight, added, fmt)
+        actual, _ = product(emulator, x, weight, added, silu=True)
+        assert_is_the_product(actual, after, weight, added)
 
 
 @dtypes
@@ -181,9 +182,9 @@ def test_operands_that_begin_anywhere(name, misalignment, dtype, emulator):
     fmt = WEIGHT_FORMATS[name]
     weight, bias = stored(fmt, 24, 160)
     x = activations(9, 160, dtype, torch.device("cpu"))
-    actual, ran = product(emulator, x, *weight, bias, fmt, misalignment=misalignment)
+    actual, ran = product(emulator, x, weight, bias, misalignment=misalignment)
     assert ran == SCALAR
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
 
 
 def test_rows_that_end_inside_a_vector(emulator):
@@ -191,9 +192,9 @@ def test_rows_that_end_inside_a_vector(emulator):
     weight, bias = stored(fmt, 24, 133)
     x = activations(5, 136, torch.bfloat16, torch.device("cpu"))[:, :133]
     assert x.stride(0) % 8 == 0
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     assert ran == SCALAR
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
 
 
 def test_a_row_that_is_not_finite_stays_alone(emulator):
@@ -201,6 +202,6 @@ def test_a_row_that_is_not_finite_stays_alone(emulator):
     weight, bias = stored(fmt, 24, 200)
     x = activations(9, 200, torch.bfloat16, torch.device("cpu"))
     x[3, 7] = float("nan")
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     broken = actual.isnan()
     assert ran == MATRIX and broken[3].all() and not broken[:3].any() and not broken[4:].any()

@@ -39,30 +39,30 @@ def with_descriptors(tile: Config) -> list[Config]:
 def stored(fmt, out_features, in_features, device):
     scheme = fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     layer = QuantLinear.from_linear(linear(out_features, in_features, device), scheme)
-    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
 def check_a8(fmt, shape, tile, device):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
     qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
-    x, w = qx.double() * sx.double().unsqueeze(1), reference.dequantize(*weight, fmt, in_features)
+    x, w = qx.double() * sx.double().unsqueeze(1), reference.dequantize(weight)
     for dtype in (torch.float32, torch.bfloat16):
-        y = dispatch.linear_a8(qx, sx, *weight, bias, fmt, dtype, tile)
+        y = dispatch.linear_a8(qx, sx, weight, bias, dtype, tile)
         assert_within_budget(y, F.linear(x.float(), w, bias).to(dtype), F.linear(x, w.double(), bias.double()))
     if not fmt.promoted:
-        accumulator = dispatch.linear_a8(qx, sx, *weight, None, fmt, torch.int32, tile)
-        assert torch.equal(accumulator, reference.linear_a8(qx, sx, *weight, None, fmt, torch.int32))
+        accumulator = dispatch.linear_a8(qx, sx, weight, None, torch.int32, tile)
+        assert torch.equal(accumulator, reference.linear_a8(qx, sx, weight, None, torch.int32))
 
 
 def check_a16(fmt, shape, tile, device, dtypes=(torch.bfloat16, torch.float16), silu=False):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
-    w = reference.dequantize(*weight, fmt, in_features)
+    w = reference.dequantize(weight)
     for dtype in dtypes:
         x = activations(rows, in_features, dtype, device)
         for b in (None, bias) if dtype == torch.bfloat16 else (bias,):
-            y = dispatch.linear_a16(x, *weight, b, fmt, silu, tile)
+            y = dispatch.linear_a16(x, weight, b, silu, tile)
             entering = F.silu(x) if silu else x
             exact = F.linear(entering.double(), w.double(), None if b is None else b.double())
             same_precision = F.linear(entering, w.to(dtype), None if b is None else b.to(dtype))
@@ -114,19 +114,19 @@ def test_products_expanded_for_cublas(fmt, shape, device):
 def test_decoding_in_the_loop_is_exact(fmt, device):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
     in_features = 320
-    (qweight, scale, group_code), _ = stored(fmt, 48, in_features, device)
+    weight, _ = stored(fmt, 48, in_features, device)
     one_hot, ones = torch.eye(in_features, dtype=torch.int8, device=device), torch.ones(in_features, device=device)
-    y = dispatch.linear_a8(one_hot, ones, qweight, scale, group_code, None, fmt, torch.float32, IN_LOOP)
-    assert torch.equal(y, reference.dequantize(qweight, scale, group_code, fmt, in_features).T)
+    y = dispatch.linear_a8(one_hot, ones, weight, None, torch.float32, IN_LOOP)
+    assert torch.equal(y, reference.dequantize(weight).T)
 
 
 @pytest.mark.parametrize("fmt", [WEIGHT_FORMATS["w8_g32"], WEIGHT_FORMATS["w4_g128"]], ids=str)
 def test_gradients_in_fp32_are_summed_over_stretches(fmt, device, monkeypatch):
     monkeypatch.setattr(expansion, "SCRATCH_BYTES", 150 * 256 * 4)
-    (qweight, scale, group_code), _ = stored(fmt, 300, 256, device)
+    weight, _ = stored(fmt, 300, 256, device)
     grad = activations(20, 300, torch.float32, device)
-    w = reference.dequantize(qweight, scale, group_code, fmt, 256)
-    found = gradient.grad_input(grad, qweight, scale, group_code, fmt, 256)
+    w = reference.dequantize(weight)
+    found = gradient.grad_input(grad, weight)
     assert_within_budget(found, grad @ w, grad.double() @ w.double())
 
 
@@ -158,27 +158,27 @@ def test_stretches_are_even_and_fit_the_scratch(features, element_bytes):
 
 @formats
 def test_expansion_is_the_decoded_weight(fmt, device):
-    (qweight, scale, group_code), _ = stored(fmt, 150, 200, device)
+    weight, _ = stored(fmt, 150, 200, device)
     # The interpreter truncates to bf16 where a GPU rounds.
     for dtype in DTYPES if device.type == "cuda" else (torch.float32, torch.float16):
         scratch = torch.empty(22, 200, dtype=dtype, device=device)
-        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
-        assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(dtype))
+        expansion.expand(weight, 128, scratch)
+        assert torch.equal(scratch, reference.dequantize(weight)[128:].to(dtype))
     if fmt.two_level:
         scratch = torch.empty(22, 200, dtype=torch.int8, device=device)
-        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
-        assert torch.equal(scratch, reference.decode(qweight, group_code, fmt, 200)[128:])
+        expansion.expand(weight, 128, scratch)
+        assert torch.equal(scratch, reference.decode(weight)[128:])
 
 
 def test_operands_that_descriptors_cannot_read_are_read_by_pointers(device):
     """Rows that begin between 16-byte boundaries: K = 130, and a first element one byte off."""
     tile = dataclasses.replace(INT8, descriptors=True)
     fmt = WEIGHT_FORMATS["w8"]
-    (qweight, scale, _), bias = stored(fmt, 72, 128, device)
+    weight, bias = stored(fmt, 72, 128, device)
     shifted = torch.randint(-127, 128, (20, 145), dtype=torch.int8, device=device)[:, 1:129]
     sx = torch.ones(20, device=device)
     y, expected = (
-        f(shifted, sx, qweight, scale, None, bias, fmt, torch.float32, *more)
+        f(shifted, sx, weight, bias, torch.float32, *more)
         for f, more in ((dispatch.linear_a8, (tile,)), (reference.linear_a8, ()))
     )
     assert torch.equal(y, expected)
@@ -206,10 +206,10 @@ def test_products_can_be_captured_in_a_cuda_graph(name, device):
     weight, bias = stored(fmt, 1152, 1152, device)
     for rows in (1, 16, 300, 4096):
         x = activations(rows, 1152, torch.bfloat16, device)
-        expected = dispatch.linear_a16(x, *weight, bias, fmt)
+        expected = dispatch.linear_a16(x, weight, bias)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = dispatch.linear_a16(x, *weight, bias, fmt)
+            y = dispatch.linear_a16(x, weight, bias)
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
@@ -227,8 +227,8 @@ def test_nothing_is_compiled_when_only_m_changes(name, device):
 
     def run(rows):
         x = activations(rows, 1152, torch.bfloat16, device)
-        dispatch.linear_a16(x, *weight, bias, fmt)
-        dispatch.linear_a8(*reference.quantize_activation(x), *weight, bias, fmt, torch.bfloat16)
+        dispatch.linear_a16(x, weight, bias)
+        dispatch.linear_a8(*reference.quantize_activation(x), weight, bias, torch.bfloat16)
 
     for rows in (512, 2048):
         run(rows)

@@ -6,7 +6,7 @@ import torch
 
 from ..layer import extension
 from ..layer.errors import UnsupportedError
-from ..layer.formats import WeightFormat
+from ..layer.packed_weight import PackedWeight
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
 from .device import describe
 from .gradient import grad_input
@@ -30,11 +30,8 @@ def _refuse(reason: str | None) -> None:
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """See :func:`ditq_kernels.layer.reference.linear_a8`.
@@ -42,18 +39,15 @@ def linear_a8(
     Raises:
         UnsupportedError: for what :func:`ditq_kernels.layer.extension.why_unsupported_a8` names.
     """
-    shape = (qx.shape[0], qweight.shape[0], qx.shape[1])
-    _refuse(extension.why_unsupported_a8(*shape, fmt, out_dtype, describe(qx.device).capability))
-    return extension.linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+    shape = (qx.shape[0], weight.out_features, weight.in_features)
+    _refuse(extension.why_unsupported_a8(*shape, weight.fmt, out_dtype, describe(qx.device).capability))
+    return extension.linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def linear_a16(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     silu: bool = False,
 ) -> torch.Tensor:
     """See :func:`ditq_kernels.layer.reference.linear_a16`.
@@ -61,6 +55,6 @@ def linear_a16(
     Raises:
         UnsupportedError: for what :func:`ditq_kernels.layer.extension.why_unsupported_a16` names.
     """
-    shape = (x.shape[0], qweight.shape[0], x.shape[1])
-    _refuse(extension.why_unsupported_a16(*shape, fmt, x.dtype, describe(x.device).capability))
-    return extension.linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
+    shape = (x.shape[0], weight.out_features, weight.in_features)
+    _refuse(extension.why_unsupported_a16(*shape, weight.fmt, x.dtype, describe(x.device).capability))
+    return extension.linear_a16(x, weight, bias, silu)
