@@ -48,7 +48,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
     "checkpoint": (("__init__", "manifest"), ("store",)),
-    "inspect": (("__init__", "machine_code"), ("shipped",), ("inspection",), ("command",)),
+    "inspect": (("__init__", "compilation"), ("shipped", "machine_code"), ("inspection",), ("command",)),
     "integrations": (("__init__", "pictures", "diffusers"), ("sampling",), ("command",)),
     "analysis": (
         ("__init__", "statistics", "weights"),
