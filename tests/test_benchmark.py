@@ -759,6 +759,11 @@ def python_step(gpu_script, name, program, seconds=30.0, needs_gpu=False):
     return gpu_script.Step(name, lambda machine: [machine.python, "-c", program], seconds, needs_gpu)
 
 
+def test_the_check_of_the_extension_imports_what_there_is(gpu_script):
+    done = subprocess.run([sys.executable, "-c", gpu_script.EXTENSION_CHECK], capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "extension" in done.stdout and not done.stderr
+
+
 def test_a_failing_and_a_hanging_step_cost_the_others_nothing(gpu_script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_script, "find_gpu", lambda python: None)
     monkeypatch.setattr(gpu_script, "find_python", lambda: sys.executable)
