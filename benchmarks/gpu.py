@@ -165,7 +165,7 @@ def _tests(machine: Machine) -> list[str] | str:
 
 EXTENSION_CHECK = """
 import sys
-from ditq_kernels import extension
+from ditq_kernels.layer import extension
 reason = extension.why_unavailable()
 print(reason or "the CUDA extension is loaded")
 sys.exit(1 if reason else 0)

@@ -17,15 +17,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ditq_kernels import kernels, reference
+from ditq_kernels import kernels
 from ditq_kernels.benchmark.cases import Case
 from ditq_kernels.benchmark.checks import Check, check_product
 from ditq_kernels.benchmark.contenders import DTYPE, Inputs
 from ditq_kernels.benchmark.tune import Task, operands_of, oracle_of, problem_of, product_with
 from ditq_kernels.error_budget import capability_of, product_oracle, silu_operand
-from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels.config import GRADIENT_TILE, arithmetic, candidates
 from ditq_kernels.kernels.dispatch import chosen
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 # No side is a multiple of any tile's but the first K.
 FEW_ROWS, MANY_ROWS = (2, 72, 256), (137, 264, 272)
@@ -66,28 +67,25 @@ def products_with_silu(device: torch.device) -> Iterator[tuple[str, Callable[[],
         inputs = Inputs(Case(*shape), device)
         for fmt in (WEIGHT_FORMATS[name] for name in FORMATS):
             layer = inputs.stored(fmt)
-            weight = (layer.qweight, layer.scale, layer.group_code)
             does = arithmetic(chosen(inputs.x, len(layer.bias), fmt, DTYPE), DTYPE.itemsize)
             entering, x_error = silu_operand(inputs.x)
             w = layer.dequantized_weight()
             exact, budget = product_oracle(entering, w, layer.bias, DTYPE, does, capability_of(device), x_error)
             every_row = torch.arange(len(entering), device=device)
-            call = functools.partial(kernels.linear_a16, inputs.x, *weight, layer.bias, fmt, True)
+            call = functools.partial(kernels.linear_a16, inputs.x, layer.packed_weight, layer.bias, True)
             checked = functools.partial(check_product, picked=every_row, exact=exact, budget=budget, allowed=None)
             yield f"silu, {fmt.name}, {inputs.case}", functools.partial(_compare, call, checked)
 
 
 def gradients(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    rows, out_features, in_features = MANY_ROWS
+    rows, out_features, _ = MANY_ROWS
     inputs = Inputs(Case(*MANY_ROWS), device)
     grad = torch.randn(rows, out_features, device=device, dtype=inputs.x.dtype)
     every_row = torch.arange(rows, device=device)
     for fmt in (WEIGHT_FORMATS[name] for name in FORMATS):
         layer = inputs.stored(fmt)
         w = layer.dequantized_weight()
-        call = functools.partial(
-            kernels.grad_input, grad, layer.qweight, layer.scale, layer.group_code, fmt, in_features
-        )
+        call = functools.partial(kernels.grad_input, grad, layer.packed_weight)
         does = arithmetic(GRADIENT_TILE, grad.element_size())
         exact, budget = product_oracle(grad, w.T, None, grad.dtype, does, capability_of(device))
         checked = functools.partial(check_product, picked=every_row, exact=exact, budget=budget, allowed=None)

@@ -39,8 +39,8 @@ struct TileShape {
     static constexpr Schedule schedule = SCHEDULE;
 };
 
-// ditq_kernels/extension.py lists the same tiles. Widths that are no powers of two let the tiles of real layers come out
-// even on 132 multiprocessors; csrc/README.md has the counts.
+// ditq_kernels/layer/extension.py lists the same tiles. Widths that are no powers of two let the tiles of real layers
+// come out even on 132 multiprocessors; csrc/README.md has the counts.
 template <int INDEX> struct Int8Tile;
 template <> struct Int8Tile<0> : TileShape<128, 192, Schedule::cooperative> {};
 template <> struct Int8Tile<1> : TileShape<128, 256, Schedule::cooperative> {};

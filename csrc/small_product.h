@@ -9,7 +9,7 @@
 
 namespace ditq {
 
-// y[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n], for a weight of ditq_kernels/formats.py.
+// y[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n], for a weight of ditq_kernels/layer/formats.py.
 struct SmallProduct {
     const void* x;                   // [rows, inputs], rows x_stride elements apart
     const std::uint8_t* qweight;     // [outputs, row_bytes]

@@ -1,15 +1,16 @@
 """Low-bit inference kernels for diffusion transformers."""
 
-from .backend import use_backend
-from .calibration import Calibration, calibrate
-from .checkpoint import CheckpointError, load, save
-from .conversion import quantize
-from .errors import UnsupportedError
-from .formats import SCHEMES, Scheme
-from .linear import QuantLinear
-from .ops import quantize_activation
-from .planning import Plan, PlanEntry, plan
-from .smoothing import smooth
+from .checkpoint.store import CheckpointError, load, save
+from .layer.backend import use_backend
+from .layer.errors import UnsupportedError
+from .layer.formats import SCHEMES, Scheme
+from .layer.linear import QuantLinear
+from .layer.ops import quantize_activation
+from .model.calibration import Calibration, calibrate
+from .model.conversion import quantize
+from .model.plan_entry import PlanEntry
+from .model.planning import Plan, plan
+from .model.smoothing import smooth
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from . import __version__, extension
-from .backend import BACKENDS, why_unavailable
+from . import __version__
+from .arguments import AddCommand
+from .layer import extension
+from .layer.backend import BACKENDS, why_unavailable
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics")
 
@@ -36,3 +39,19 @@ def describe() -> Iterator[str]:
         for backend in BACKENDS:
             reason = why_unavailable(backend, kind)
             yield f"backend {backend:9} for {kind:4} tensors: {'works' if reason is None else 'no: ' + reason}"
+
+
+def _print(args: argparse.Namespace) -> int:
+    print("\n".join(describe()))
+    return 0
+
+
+def add_commands(command: AddCommand) -> None:
+    """Add ``ditq env`` by ``command(name, run, help, examples)``."""
+    command(
+        "env",
+        _print,
+        "say what is installed and which backends work here, and why not",
+        "  ditq env",
+        device=False,
+    )

@@ -1,97 +1,283 @@
-"""ARCHITECTURE.md's arrows, read off the imports: a module imports only from layers to its left, or within its own."""
+"""ARCHITECTURE.md's arrows, read off the imports, file by file: a file imports only from what stands to its left, in
+its own folder and across folders, at module level and inside functions.
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
-# Left to right; modules of one layer may import each other.
-LAYERS = (
-    ("errors", "progress", "formats", "pictures", "error_budget"),
-    ("packing",),
-    ("quantizer", "reference", "kernels", "extension"),
-    ("backend",),
-    ("ops",),
-    ("linear",),
-    (
-        *("recipes", "observation", "plan_table", "planning", "budget"),
-        *("calibration", "smoothing", "conversion", "manifest", "checkpoint"),
+# Every folder's files and folders, left to right; those of one group do not import each other. The files of layer/
+# stand at the top level ("") each by itself, because kernels/ stands among them.
+ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "": (
+        ("files", "progress", "error_budget"),
+        ("layer/__init__", "layer/errors", "layer/formats"),
+        ("layer/packing", "layer/packed_weight"),
+        ("layer/quantizer", "layer/reference", "layer/extension"),
+        ("kernels",),
+        ("layer/backend",),
+        ("layer/ops",),
+        ("layer/linear",),
+        ("model",),
+        ("checkpoint",),
+        ("__init__", "arguments"),
+        ("inspect", "integrations", "environment"),
+        ("analysis", "benchmark"),
+        ("evaluation",),
+        ("demo",),
+        ("cli",),
+        ("__main__",),
     ),
-    ("integrations", "benchmark", "analysis", "evaluation", "environment"),
-    ("demo",),
-    ("cli", "__main__"),
-)
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# Siblings in a layer that must not meet: kernels and the reference judge each other.
-SEPARATE = {frozenset(pair) for pair in (("kernels", "reference"), ("kernels", "quantizer"))}
-LAZY_ONLY = {
-    "triton": {"kernels"},
+    "kernels": (
+        ("config", "decode", "epilogue", "interpreter", "operands", "silu", "tile_order"),
+        ("device", "tables"),
+        ("activation", "dense_product", "in_loop_product", "small_product"),
+        ("expansion",),
+        ("gradient", "dispatch"),
+        ("__init__", "cuda"),
+    ),
+    "model": (
+        ("__init__", "observation", "recipes", "budget", "plan_entry"),
+        ("calibration", "plan_table"),
+        ("planning", "smoothing"),
+        ("conversion",),
+    ),
+    "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
+    "checkpoint": (("__init__", "manifest"), ("store",)),
+    "inspect": (("__init__", "compilation"), ("shipped", "machine_code"), ("inspection",), ("command",)),
+    "integrations": (("__init__", "pictures", "diffusers"), ("sampling",), ("command",)),
+    "analysis": (
+        ("__init__", "statistics", "weights"),
+        ("observe", "sensitivity"),
+        ("analyze",),
+        ("pictures",),
+        ("report",),
+        ("command",),
+    ),
+    "evaluation": (
+        ("__init__", "layers", "metrics", "samples", "variants"),
+        ("run",),
+        ("report",),
+        ("command",),
+    ),
+    "benchmark": (
+        ("__init__", "cases", "checks", "timing"),
+        ("ceilings", "contenders"),
+        ("elementwise", "peers", "pictures"),
+        ("run", "provenance", "targets"),
+        ("report", "tune"),
+        ("ahead",),
+        ("command",),
+        ("options",),
+    ),
+    "demo": (
+        ("__init__", "fashion_mnist", "classifier"),
+        ("train_classifier", "train_dit", "run", "recognition", "experiments"),
+        ("report",),
+        ("command",),
+    ),
+    "demo/experiments": (
+        ("__init__", "records", "simulated", "distribution"),
+        ("lab", "tables"),
+        ("calibration", "combinations", "layers", "peers", "plots", "positions", "remedies", "weights"),
+        ("moments", "page"),
+        ("__main__",),
+    ),
+}
+# Kernels and what the layer does in PyTorch judge each other in tests, so neither may lean on the other.
+SEPARATE = {frozenset(("kernels", "layer/reference")), frozenset(("kernels", "layer/quantizer"))}
+# Who may import these when it is itself imported; everybody else does so inside functions, on first use. A folder's
+# command.py is what the command line imports: it counts as everybody else.
+OURS_AT_MODULE_LEVEL = {"kernels": {"kernels", "inspect"}, "inspect": {"inspect"}}
+OTHERS_AT_MODULE_LEVEL = {
+    "triton": {"kernels", "inspect"},
     "diffusers": {"integrations", "demo"},
     "matplotlib": set(),
     "huggingface_hub": set(),
 }
 
 
-def unit_of(path: Path) -> str:
-    """The name in LAYERS that a file belongs to."""
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+class Import(NamedTuple):
+    """What a file imports: ``target``, a module of this package by its parts, or another package's name alone."""
+
+    target: tuple[str, ...]
+    ours: bool
+    at_module_level: bool
+    name: str | None = None
 
 
-def imports(path: Path):
-    """(imported unit or top-level package, whether at module level) of every import in ``path``."""
+def parts_of(path: Path, package: Path) -> tuple[str, ...]:
+    return path.relative_to(package).with_suffix("").parts
+
+
+def _resolved(path: Path, package: Path) -> tuple[str, ...]:
+    """The module at ``path``, which has no suffix yet; a folder is its ``__init__``."""
+    return parts_of(path / "__init__" if path.is_dir() else path, package)
+
+
+def imports(path: Path, package: Path) -> Iterator[Import]:
+    """Every import in the file ``path``."""
     tree = ast.parse(path.read_text())
     at_module_level = {id(node) for node in tree.body}
     for node in ast.walk(tree):
+        top = id(node) in at_module_level
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name.split(".")[0], id(node) in at_module_level
+                root, *below = alias.name.split(".")
+                if root == package.name:
+                    yield Import(_resolved(package.joinpath(*below), package), True, top)
+                else:
+                    yield Import((root,), False, top)
         elif isinstance(node, ast.ImportFrom):
-            top = id(node) in at_module_level
-            if node.level == 0:
-                yield node.module.split(".")[0], top
+            root, *below = (node.module or "").split(".")
+            if node.level == 0 and root != package.name:
+                yield Import((root,), False, top)
                 continue
-            base = path.parent
-            for _ in range(node.level - 1):
-                base = base.parent
+            base = package if node.level == 0 else path.parents[node.level - 1]
+            base = base.joinpath(*below) if node.level == 0 else base.joinpath(*filter(None, (root, *below)))
             for alias in node.names:
-                target = base / (node.module or "").replace(".", "/")
-                found = (
-                    target / alias.name
-                    if not node.module and ((target / alias.name).is_dir() or (target / f"{alias.name}.py").exists())
-                    else target
-                )
-                if found != PACKAGE:
-                    yield found.relative_to(PACKAGE).parts[0], top
+                inner = base / alias.name
+                module = inner if inner.is_dir() or inner.with_suffix(".py").exists() else base
+                yield Import(_resolved(module, package), True, top, alias.name)
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def _unit(parts: tuple[str, ...], folder: str) -> str:
+    """The name in ``ORDER[folder]`` of a module below that folder."""
+    below = parts[len(folder.split("/")) if folder else 0 :]
+    names = {name for group in ORDER[folder] for name in group}
+    return "/".join(below[:2]) if "/".join(below[:2]) in names or below[0] == "layer" else below[0]
+
+
+def _place(parts: tuple[str, ...], folder: str) -> int:
+    unit = _unit(parts, folder)
+    for place, group in enumerate(ORDER[folder]):
+        if unit in group:
+            return place
+    raise AssertionError(f"{unit} has no place in the order of {folder or 'the package'}")
+
+
+def _folder_of_both(one: tuple[str, ...], other: tuple[str, ...]) -> str:
+    """The innermost folder with an order that holds both modules."""
+    shared = []
+    for a, b in zip(one[:-1], other[:-1], strict=False):
+        if a != b or "/".join([*shared, a]) not in ORDER:
+            break
+        shared.append(a)
+    return "/".join(shared)
+
+
+def check(path: Path, package: Path = PACKAGE) -> None:
+    """AssertionError if the file has no place, or imports what it must not."""
+    parts = parts_of(path, package)
+    for depth in range(len(parts)):
+        folder = "/".join(parts[:depth])
+        if folder != "layer":
+            assert folder in ORDER, f"the folder {folder} has no order"
+            _place(parts, folder)
+    name, unit = "/".join(parts), _unit(parts, "")
+    for found in imports(path, package):
+        target = found.target
+        if found.ours:
+            if found.name == "__version__":
+                continue  # the package's root imports most files, and this one value is there before it does
+            other = _unit(target, "")
+            folder = _folder_of_both(parts, target)
+            if _unit(parts, folder) != _unit(target, folder):
+                right = _place(target, folder) >= _place(parts, folder)
+                assert not right, f"{name} imports {'/'.join(target)}, which does not stand to its left"
+            assert frozenset((unit, other)) not in SEPARATE, f"{unit} and {other} must not know each other"
+        top, allowed = (other, OURS_AT_MODULE_LEVEL) if found.ours else (target[0], OTHERS_AT_MODULE_LEVEL)
+        if found.at_module_level and top in allowed and target[-1] != "command":
+            assert unit in allowed[top] and parts[-1] != "command", f"{name} imports {top} at module level"
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = sorted({"/".join(parts_of(path, PACKAGE)[:-1]) for path in FILES})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_the_arrows(path):
-    unit = unit_of(path)
-    assert unit in RANK, f"{unit} has no place in LAYERS"
-    for target, at_module_level in imports(path):
-        if target in RANK:
-            assert RANK[target] <= RANK[unit], f"{unit} imports {target}, which stands to its right"
-            assert frozenset((unit, target)) not in SEPARATE, f"{unit} and {target} must not know each other"
-            if target == "kernels" and unit != "kernels":
-                assert not at_module_level, f"{unit} must reach kernels lazily"
-        if target in LAZY_ONLY and at_module_level:
-            assert unit in LAZY_ONLY[target], f"{unit} imports {target} at module level"
+    check(path)
 
 
-def test_the_test_sees_a_wrong_arrow(tmp_path, monkeypatch):
-    package = tmp_path / "ditq_kernels"
-    package.mkdir()
-    (package / "formats.py").write_text("from .linear import QuantLinear\nimport triton\n")
-    (package / "linear.py").write_text("")
-    monkeypatch.setitem(globals(), "PACKAGE", package)
-    assert list(imports(package / "formats.py")) == [("linear", True), ("triton", True)]
-    with pytest.raises(AssertionError, match="stands to its right"):
-        test_imports_follow_the_arrows(package / "formats.py")
+def test_every_name_of_the_order_is_there():
+    for folder, groups in ORDER.items():
+        for name in (name for group in groups for name in group):
+            path = PACKAGE / folder / name
+            assert path.is_dir() or path.with_suffix(".py").exists(), path
+
+
+def copy_of_names(package: Path) -> Path:
+    """The package's files, empty."""
+    for path in FILES:
+        copy = package / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.touch()
+    return package
+
+
+def ends(folder: str) -> tuple[str, str]:
+    """The first and the last name of a folder."""
+    if folder == "layer":
+        return "formats", "linear"
+    groups = ORDER[folder]
+    return next(name for name in groups[0] if name != "__init__" or len(groups[0]) == 1), groups[-1][-1]
+
+
+WRONG = (
+    "from .{name} import anything",
+    "from . import {name}",
+    "def later():\n    from .{name} import anything",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .{name} import anything",
+    "from ditq_kernels.{folder}{name} import anything",
+    "import ditq_kernels.{folder}{name}",
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_arrow_is_seen_in_each_folder(folder, wrong, tmp_path):
+    package = copy_of_names(tmp_path / "ditq_kernels")
+    first, last = ends(folder)
+    path = package / folder / f"{first}.py"
+    check(path, package)
+    path.write_text(wrong.format(name=last, folder=folder.replace("/", ".") + "." * bool(folder)))
+    with pytest.raises(AssertionError, match="does not stand to its left"):
+        check(path, package)
+
+
+@pytest.mark.parametrize(
+    "file, text, reason",
+    [
+        ("layer/formats.py", "from ..model import conversion", "does not stand to its left"),
+        ("layer/reference.py", "from .quantizer import fit_grid", "does not stand to its left"),
+        ("kernels/decode.py", "from ..layer.ops import grad_input", "does not stand to its left"),
+        ("kernels/dispatch.py", "from ..layer import reference", "must not know each other"),
+        ("kernels/dispatch.py", "from ..layer.quantizer import fit_grid", "must not know each other"),
+        ("model/planning.py", "from .. import save", "does not stand to its left"),
+        ("layer/backend.py", "from .. import kernels", "at module level"),
+        ("layer/backend.py", "from ..kernels.config import heuristic", "at module level"),
+        ("cli.py", "from .inspect import inspection", "at module level"),
+        ("inspect/command.py", "from . import inspection", "at module level"),
+        ("demo/command.py", "import diffusers", "at module level"),
+        ("layer/formats.py", "import triton", "at module level"),
+        ("model/stray.py", "", "stray has no place in the order of model"),
+        ("layer/stray.py", "", "layer/stray has no place in the order of the package"),
+        ("stray.py", "", "stray has no place in the order of the package"),
+        ("demo/stray/file.py", "", "stray has no place in the order of demo"),
+    ],
+)
+def test_what_else_is_seen(file, text, reason, tmp_path):
+    package = copy_of_names(tmp_path / "ditq_kernels")
+    path = package / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(AssertionError, match=reason):
+        check(path, package)
 
 
 def test_no_file_is_many_ideas():

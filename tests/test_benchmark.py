@@ -48,7 +48,8 @@ from ditq_kernels.benchmark.run import (
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
 from ditq_kernels.error_budget import product_oracle
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -530,7 +531,7 @@ def test_bench_writes_a_report_and_does_without_matplotlib(pretended_gpu, tmp_pa
 
 def test_the_commands_say_that_a_cpu_has_nothing_to_measure(monkeypatch, capsys):
     inspected = []
-    monkeypatch.setattr(cli, "_inspect_instead", lambda: inspected.append(True) or 0)
+    monkeypatch.setattr("ditq_kernels.inspect.command.inspect_kernels", lambda: inspected.append(True) or 0)
     assert cli.main(["bench", "--device", "cpu", "--quick"]) == 0
     assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and inspected == [True]
     assert cli.main(["tune", "--device", "cpu"]) == 0
@@ -559,7 +560,7 @@ class TunedStopwatch(SteppedStopwatch):
 @pytest.fixture
 def fake_products(monkeypatch):
     """Products by the reference, whose made-up duration is ``cost(config)``; the stopwatch that reads it."""
-    from ditq_kernels import reference
+    from ditq_kernels.layer import reference
 
     stopwatch = TunedStopwatch()
     stopwatch.cost = lambda config: 1e-5
@@ -568,10 +569,12 @@ def fake_products(monkeypatch):
     def product_with(task, config):
         def call(*operands):
             stopwatch.now += stopwatch.cost(config)
+            *activations, qweight, scale, group_code, bias = operands
+            weight = PackedWeight(qweight, scale, group_code, task.fmt, task.case.in_features)
             if task.activation_bytes == 1:
-                y = reference.linear_a8(*operands, task.fmt, DTYPE)
+                y = reference.linear_a8(*activations, weight, bias, DTYPE)
             else:
-                y = reference.linear_a16(*operands, task.fmt)
+                y = reference.linear_a16(*activations, weight, bias)
             return stopwatch.spoil(config, y)
 
         return call
@@ -756,6 +759,11 @@ def gpu_script():
 
 def python_step(gpu_script, name, program, seconds=30.0, needs_gpu=False):
     return gpu_script.Step(name, lambda machine: [machine.python, "-c", program], seconds, needs_gpu)
+
+
+def test_the_check_of_the_extension_imports_what_there_is(gpu_script):
+    done = subprocess.run([sys.executable, "-c", gpu_script.EXTENSION_CHECK], capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "extension" in done.stdout and not done.stderr
 
 
 def test_a_failing_and_a_hanging_step_cost_the_others_nothing(gpu_script, tmp_path, monkeypatch, capsys):

@@ -9,9 +9,9 @@ from small_sources import small_dit
 
 import ditq_kernels as ditq
 from ditq_kernels.analysis.analyze import analyze
-from ditq_kernels.budget import Option, allocate, alternatives, rounding_error
-from ditq_kernels.formats import Scheme
 from ditq_kernels.integrations.sampling import default_scheduler, sample
+from ditq_kernels.layer.formats import Scheme
+from ditq_kernels.model.budget import Option, allocate, alternatives, rounding_error
 
 
 def options_of(generator, layers, counts=(2, 3, 4)):

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from small_models import TinyModel, tiny_inputs, tiny_model, tiny_run
 from torch import nn
 
-from ditq_kernels.calibration import Calibration, calibrate, moment_bytes
-from ditq_kernels.linear import QuantLinear
-from ditq_kernels.observation import largest_magnitude, linear_layers, second_moment
+from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.model.calibration import Calibration, calibrate, moment_bytes
+from ditq_kernels.model.observation import largest_magnitude, linear_layers, second_moment
 
 
 def inputs_at(model, step):
@@ -138,7 +138,7 @@ def test_moments_under_inference_mode_and_autocast_are_ordinary_fp32():
 
 def test_second_moment_in_chunks_is_that_of_all_rows(monkeypatch):
     x = torch.randint(-8, 9, (100, 16)).to(torch.bfloat16)  # integers: every order of summation is exact
-    monkeypatch.setattr("ditq_kernels.observation.ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr("ditq_kernels.model.observation.ROWS_PER_CHUNK", 7)
     assert torch.equal(second_moment(x), (x.double().T @ x.double()).float())
 
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from small_models import dit_inputs, snapshot, tiny_dit, tiny_inputs, tiny_model, tiny_run, unchanged
 from torch import nn
 
-from ditq_kernels import manifest as manifests
-from ditq_kernels.calibration import calibrate
-from ditq_kernels.checkpoint import CheckpointError, load, save
-from ditq_kernels.conversion import quantize, quantized_layers
-from ditq_kernels.formats import SCHEMES
-from ditq_kernels.linear import QuantLinear
-from ditq_kernels.manifest import model_config, sha256
+from ditq_kernels.checkpoint import manifest as manifests
+from ditq_kernels.checkpoint.manifest import model_config, sha256
+from ditq_kernels.checkpoint.store import CheckpointError, load, save
+from ditq_kernels.layer.formats import SCHEMES
+from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.model.calibration import calibrate
+from ditq_kernels.model.conversion import quantize, quantized_layers
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from small_models import dit_inputs
-from ditq_kernels.checkpoint import load
+from ditq_kernels.checkpoint.store import load
 assert "diffusers" not in sys.modules
 with torch.no_grad():
     torch.save(load(sys.argv[1])(*dit_inputs()).sample, sys.argv[2])

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from ditq_kernels import extension
-from ditq_kernels.formats import WEIGHT_FORMATS
 from ditq_kernels.kernels import config, dispatch, tables
 from ditq_kernels.kernels.config import Config, Problem
+from ditq_kernels.layer import extension
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 W8, W4 = WEIGHT_FORMATS["w8"], WEIGHT_FORMATS["w4_g128"]
 H100 = dict(capability=90, multiprocessors=132)
@@ -166,7 +166,8 @@ def test_no_table_is_read_at_import():
 PYTHON_COST = """
 import time, torch
 import ditq_kernels as ditq
-from ditq_kernels import backend, kernels, ops
+from ditq_kernels import kernels
+from ditq_kernels.layer import backend, ops
 from triton.runtime.jit import JITFunction
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

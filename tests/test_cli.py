@@ -12,11 +12,11 @@ from PIL import Image
 from test_sampling import tiny_dit
 
 import ditq_kernels
-from ditq_kernels import cli
-from ditq_kernels.conversion import quantized_layers
+from ditq_kernels import cli, environment
 from ditq_kernels.integrations import diffusers as sources
 from ditq_kernels.integrations.diffusers import LABEL_FILE, PIPELINE_FILE, load_source
 from ditq_kernels.integrations.sampling import sample, save_grid
+from ditq_kernels.model.conversion import quantized_layers
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +249,10 @@ def test_an_altered_checkpoint_is_refused(bare_model, tmp_path, capsys):
 
 
 def test_messages_of_other_libraries_become_one_line(monkeypatch, capsys):
-    def fail(args):
+    def fail():
         raise OSError("first line\n  second line")
 
-    monkeypatch.setattr(cli, "env_command", fail)
+    monkeypatch.setattr(environment, "describe", fail)
     assert cli.main(["env"]) == cli.EXIT_USER_ERROR
     assert capsys.readouterr().err == "ditq: error: first line second line\n"
 
@@ -265,19 +265,19 @@ def test_tracebacks_appear_on_request(bare_model, monkeypatch):
 
 @pytest.mark.parametrize("defect", [ZeroDivisionError, TypeError, KeyError, AttributeError])
 def test_a_defect_is_not_dressed_up_as_the_users(defect, monkeypatch):
-    def fail(args):
+    def fail():
         raise defect("ours")
 
-    monkeypatch.setattr(cli, "env_command", fail)
+    monkeypatch.setattr(environment, "describe", fail)
     with pytest.raises(defect):
         cli.main(["env"])
 
 
 def test_an_interrupt_has_its_own_exit_code(monkeypatch, capsys):
-    def interrupted(args):
+    def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "env_command", interrupted)
+    monkeypatch.setattr(environment, "describe", interrupted)
     assert cli.main(["env"]) == cli.EXIT_INTERRUPTED
 
 

@@ -7,10 +7,10 @@ import torch
 from small_models import dit_inputs, snapshot, tiny_dit, tiny_inputs, tiny_model, tiny_run, unchanged
 from torch import nn
 
-from ditq_kernels.calibration import calibrate
-from ditq_kernels.conversion import quantize, quantized_layers
-from ditq_kernels.linear import QuantLinear
-from ditq_kernels.planning import plan
+from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.model.calibration import calibrate
+from ditq_kernels.model.conversion import quantize, quantized_layers
+from ditq_kernels.model.planning import plan
 
 
 def test_quantize_follows_the_plan():

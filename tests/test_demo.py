@@ -14,11 +14,11 @@ from small_sources import digests, small_dit
 
 import ditq_kernels as ditq
 from ditq_kernels import cli
-from ditq_kernels.calibration import DEFAULT_PICTURES
-from ditq_kernels.conversion import quantized_layers
 from ditq_kernels.demo import MODEL_DIRECTORY, classifier, fashion_mnist, report, run, train_classifier
-from ditq_kernels.formats import RECOMMENDED
 from ditq_kernels.integrations.sampling import sample
+from ditq_kernels.layer.formats import RECOMMENDED
+from ditq_kernels.model.calibration import DEFAULT_PICTURES
+from ditq_kernels.model.conversion import quantized_layers
 
 SETTINGS = run.Settings(classes=2, seeds=2, steps=2)
 FOUR_BITS = [name for name in RECOMMENDED if name.startswith("w4")]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from oracle import activations, assert_product, linear
 
-from ditq_kernels import QuantLinear, reference
-from ditq_kernels.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels import QuantLinear
 from ditq_kernels.kernels.config import Config, arithmetic
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 
 ROOT = Path(__file__).parent.parent
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/float_type.h
@@ -78,10 +79,10 @@ def test_decoders(tmp_path):
     assert int(result.stdout) == sum(largest_multiplier(zero_point) for zero_point in range(CODE4_MAX + 1))
 
 
-def product(emulator, x, qweight, scale, group_code, bias, fmt, silu=False, kernel=AS_BOUND, misalignment=0):
+def product(emulator, x, weight, bias, silu=False, kernel=AS_BOUND, misalignment=0):
     """([M, N], the kernel that ran) of ``reference.linear_a16``'s arguments."""
-    rows, in_features = x.shape
-    out_features = qweight.shape[0]
+    rows, out_features = len(x), weight.out_features
+    qweight, scale, group_code, fmt, in_features = weight
     header = (
         FLOAT_TYPES[x.dtype],
         -1 if bias is None else FLOAT_TYPES[bias.dtype],
@@ -112,16 +113,15 @@ def product(emulator, x, qweight, scale, group_code, bias, fmt, silu=False, kern
 
 
 def stored(fmt, out_features, in_features):
-    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    """The weight and the bias of a layer in ``fmt``."""
     layer = QuantLinear.from_linear(
         linear(out_features, in_features, torch.device("cpu")), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     )
-    return (layer.qweight.detach(), layer.scale.detach(), layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
-def assert_is_the_product(actual, x, weight, bias, fmt, silu=False):
-    w = reference.dequantize(*weight, fmt, x.shape[1])
-    assert_product(actual, x, w, bias, arithmetic(Config("cuda"), x.element_size()), silu)
+def assert_is_the_product(actual, x, weight, bias, silu=False):
+    assert_product(actual, x, reference.dequantize(weight), bias, arithmetic(Config("cuda"), x.element_size()), silu)
 
 
 def suits_matrix_kernel(x, fmt):
@@ -137,12 +137,12 @@ def test_products(fmt, shape, dtype, emulator):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features)
     x = activations(rows, in_features, dtype, torch.device("cpu"))
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     assert ran == (MATRIX if suits_matrix_kernel(x, fmt) else SCALAR)
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
     if ran == MATRIX:  # the other kernel serves these too
-        actual, _ = product(emulator, x, *weight, bias, fmt, kernel=SCALAR)
-        assert_is_the_product(actual, x, weight, bias, fmt)
+        actual, _ = product(emulator, x, weight, bias, kernel=SCALAR)
+        assert_is_the_product(actual, x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["matrix", "scalar"])
@@ -150,12 +150,13 @@ def test_products(fmt, shape, dtype, emulator):
 def test_identity_activations_decode_the_weight(fmt, dtype, emulator):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
     out_features, in_features = 16, 320
-    (qweight, scale, group_code), _ = stored(fmt, out_features, in_features)
-    scale = torch.exp2(torch.randint(-3, 4, scale.shape)).to(torch.float32)  # so that 16 bits hold the product
-    expected = reference.dequantize(qweight, scale, group_code, fmt, in_features).T
+    weight, _ = stored(fmt, out_features, in_features)
+    scale = torch.exp2(torch.randint(-3, 4, weight.scale.shape)).to(torch.float32)  # so that 16 bits hold the product
+    weight = weight._replace(scale=scale)
+    expected = reference.dequantize(weight).T
     identity = torch.eye(in_features, dtype=dtype)
     for first in range(0, in_features, 16):
-        actual, _ = product(emulator, identity[first : first + 16], qweight, scale, group_code, None, fmt)
+        actual, _ = product(emulator, identity[first : first + 16], weight, None)
         assert torch.equal(actual.float(), expected[first : first + 16])
 
 
@@ -167,8 +168,8 @@ def test_silu_and_a_bias_of_each_type(name, dtype, emulator):
     x = activations(6, 256, dtype, torch.device("cpu"))
     for bias_dtype in FLOAT_TYPES:
         added = bias.to(bias_dtype)
-        actual, _ = product(emulator, x, *weight, added, fmt, silu=True)
-        assert_is_the_product(actual, x, weight, added, fmt, silu=True)
+        actual, _ = product(emulator, x, weight, added, silu=True)
+        assert_is_the_product(actual, x, weight, added, silu=True)
 
 
 @dtypes
@@ -178,9 +179,9 @@ def test_operands_that_begin_anywhere(name, misalignment, dtype, emulator):
     fmt = WEIGHT_FORMATS[name]
     weight, bias = stored(fmt, 24, 160)
     x = activations(9, 160, dtype, torch.device("cpu"))
-    actual, ran = product(emulator, x, *weight, bias, fmt, misalignment=misalignment)
+    actual, ran = product(emulator, x, weight, bias, misalignment=misalignment)
     assert ran == SCALAR
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
 
 
 def test_rows_that_end_inside_a_vector(emulator):
@@ -188,9 +189,9 @@ def test_rows_that_end_inside_a_vector(emulator):
     weight, bias = stored(fmt, 24, 133)
     x = activations(5, 136, torch.bfloat16, torch.device("cpu"))[:, :133]
     assert x.stride(0) % 8 == 0
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     assert ran == SCALAR
-    assert_is_the_product(actual, x, weight, bias, fmt)
+    assert_is_the_product(actual, x, weight, bias)
 
 
 def test_a_row_that_is_not_finite_stays_alone(emulator):
@@ -198,6 +199,6 @@ def test_a_row_that_is_not_finite_stays_alone(emulator):
     weight, bias = stored(fmt, 24, 200)
     x = activations(9, 200, torch.bfloat16, torch.device("cpu"))
     x[3, 7] = float("nan")
-    actual, ran = product(emulator, x, *weight, bias, fmt)
+    actual, ran = product(emulator, x, weight, bias)
     broken = actual.isnan()
     assert ran == MATRIX and broken[3].all() and not broken[:3].any() and not broken[4:].any()

@@ -10,9 +10,11 @@ import torch
 from oracle import activations, assert_product, linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ditq_kernels import QuantLinear, extension, packing, reference
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels import QuantLinear
 from ditq_kernels.kernels.config import Config, arithmetic
+from ditq_kernels.layer import extension, packing, reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
 
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
@@ -70,11 +72,11 @@ def test_schemas(ops):
 
 
 def stored(fmt, out_features, in_features, device="cpu"):
-    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    """The weight and the bias of a layer in ``fmt``."""
     layer = QuantLinear.from_linear(
         linear(out_features, in_features, torch.device("cpu")), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     ).to(device)
-    return (layer.qweight.detach(), layer.scale.detach(), layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
 @needs_nvcc
@@ -91,17 +93,20 @@ def test_fakes(kind):
     def everything(part):
         return None if part is None else given(part)
 
+    def packed(weight):
+        return PackedWeight(*map(everything, weight[:3]), *weight[3:])
+
     with mode:
         x = given(torch.zeros(5, 192, dtype=BF16))
-        y = extension.linear_a16(x, *map(everything, weight), everything(bias), WEIGHT_FORMATS["w4_g64"])
+        y = extension.linear_a16(x, packed(weight), everything(bias))
         assert (y.shape, y.dtype, y.device) == ((5, 24), BF16, x.device)
         qx, sx = given(torch.zeros(300, 192, dtype=torch.int8)), given(torch.zeros(300))
-        y = extension.linear_a8(qx, sx, *map(everything, dense), everything(bias), WEIGHT_FORMATS["w8"], FP16)
+        y = extension.linear_a8(qx, sx, packed(dense), everything(bias), FP16)
         assert (y.shape, y.dtype, y.device) == ((300, 24), FP16, qx.device)
 
 
 def small_arguments(**changes):
-    (qweight, scale, group_code), bias = stored(WEIGHT_FORMATS["w4_g32"], 24, 192)
+    (qweight, scale, group_code, *_), bias = stored(WEIGHT_FORMATS["w4_g32"], 24, 192)
     given = dict(x=torch.zeros(3, 192), qweight=qweight, scale=scale, group_code=group_code, bias=bias)
     return {**given, "bits": 4, "group": 32, "silu": False, **changes}
 
@@ -185,7 +190,7 @@ def test_what_the_int8_product_supports():
     assert "multiple of 16, not 1160" in extension.why_unsupported_a8(4096, 1152, 1160, w8, BF16, 90)
     assert "multiple of 8, not 1156" in extension.why_unsupported_a8(4096, 1156, 1152, w8, BF16, 90)
     with pytest.raises(ValueError, match="w4_g32"):
-        extension.linear_a8(None, None, None, None, None, None, WEIGHT_FORMATS["w4_g32"], BF16)
+        extension.linear_a8(None, None, PackedWeight(None, None, None, WEIGHT_FORMATS["w4_g32"], 128), None, BF16)
 
 
 @formats
@@ -233,9 +238,8 @@ def capability():
     return 10 * major + minor
 
 
-def assert_is_the_product(actual, x, weight, bias, fmt, silu=False):
-    w = reference.dequantize(*weight, fmt, x.shape[1])
-    assert_product(actual, x, w, bias, arithmetic(Config("cuda"), x.element_size()), silu)
+def assert_is_the_product(actual, x, weight, bias, silu=False):
+    assert_product(actual, x, reference.dequantize(weight), bias, arithmetic(Config("cuda"), x.element_size()), silu)
 
 
 @pytest.mark.gpu
@@ -248,8 +252,8 @@ def test_products_of_few_rows(fmt, shape, dtype, cuda):
     weight, bias = stored(fmt, out_features, in_features, cuda)
     x = activations(rows, in_features, dtype, cuda)  # strided
     for given in (x, x.contiguous(), x[:, :].T.contiguous().T):
-        assert_is_the_product(extension.linear_a16(given, *weight, bias, fmt), x, weight, bias, fmt)
-    assert_is_the_product(extension.linear_a16(x, *weight, None, fmt), x, weight, None, fmt)
+        assert_is_the_product(extension.linear_a16(given, weight, bias), x, weight, bias)
+    assert_is_the_product(extension.linear_a16(x, weight, None), x, weight, None)
 
 
 @pytest.mark.gpu
@@ -259,7 +263,7 @@ def test_every_number_of_rows(rows, cuda):
         fmt = WEIGHT_FORMATS[name]
         weight, bias = stored(fmt, 152, 640, cuda)
         x = activations(rows, 640, BF16, cuda)
-        assert_is_the_product(extension.linear_a16(x, *weight, bias, fmt), x, weight, bias, fmt)
+        assert_is_the_product(extension.linear_a16(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.gpu
@@ -271,7 +275,7 @@ def test_silu_before_the_product(name, dtype, cuda):
     x = activations(7, 256, dtype, cuda)
     for bias_dtype in DTYPES:
         added = bias.to(bias_dtype)
-        assert_is_the_product(extension.linear_a16(x, *weight, added, fmt, silu=True), x, weight, added, fmt, silu=True)
+        assert_is_the_product(extension.linear_a16(x, weight, added, silu=True), x, weight, added, silu=True)
 
 
 @pytest.fixture
@@ -282,10 +286,10 @@ def hopper(cuda):
 
 
 def int8_operands(rows, out_features, in_features, device):
-    """(qx, sx, qweight, scale, bias), all codes and signs."""
-    (qweight, scale, _), bias = stored(WEIGHT_FORMATS["w8"], out_features, in_features, device)
+    """(qx, sx, weight, bias), all codes and signs."""
+    weight, bias = stored(WEIGHT_FORMATS["w8"], out_features, in_features, device)
     qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
-    return qx, sx, qweight, scale, bias
+    return qx, sx, weight, bias
 
 
 @pytest.mark.gpu
@@ -295,18 +299,17 @@ def int8_operands(rows, out_features, in_features, device):
 @pytest.mark.parametrize("out_dtype", extension.INT8_DTYPES)
 def test_int8_products_are_bit_exact(out_dtype, shape, tile, hopper):
     """Every step but the integer sum is one rounding in fp32, in an order that is part of the contract."""
-    qx, sx, qweight, scale, bias = int8_operands(*shape, hopper)
-    fmt = WEIGHT_FORMATS["w8"]
+    qx, sx, weight, bias = int8_operands(*shape, hopper)
     for added in (None, bias, bias.to(BF16), bias.to(FP16)):
-        actual = extension.linear_a8(qx, sx, qweight, scale, None, added, fmt, out_dtype, tile)
-        assert torch.equal(actual, reference.linear_a8(qx, sx, qweight, scale, None, added, fmt, out_dtype))
+        actual = extension.linear_a8(qx, sx, weight, added, out_dtype, tile)
+        assert torch.equal(actual, reference.linear_a8(qx, sx, weight, added, out_dtype))
 
 
 @pytest.mark.gpu
 def test_a_broken_row_gives_a_row_of_nan(hopper):
-    qx, sx, qweight, scale, bias = int8_operands(40, 64, 128, hopper)
+    qx, sx, weight, bias = int8_operands(40, 64, 128, hopper)
     sx[2] = float("nan")
-    broken = extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], BF16).isnan()
+    broken = extension.linear_a8(qx, sx, weight, bias, BF16).isnan()
     assert broken[2].all() and not broken[:2].any() and not broken[3:].any()
 
 
@@ -314,11 +317,11 @@ def calls(device):
     """The products, each as a function of nothing that writes to fresh memory."""
     weight, bias = stored(WEIGHT_FORMATS["w4_g128"], 200, 640, device)
     x = activations(12, 640, BF16, device)
-    yield lambda: extension.linear_a16(x, *weight, bias, WEIGHT_FORMATS["w4_g128"])
-    yield lambda: extension.linear_a16(x.float(), *weight, bias, WEIGHT_FORMATS["w4_g128"])
+    yield lambda: extension.linear_a16(x, weight, bias)
+    yield lambda: extension.linear_a16(x.float(), weight, bias)
     if capability() == extension.INT8_CAPABILITY:
-        qx, sx, qweight, scale, bias = int8_operands(300, 264, 640, device)
-        yield lambda: extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], BF16)
+        qx, sx, weight, bias = int8_operands(300, 264, 640, device)
+        yield lambda: extension.linear_a8(qx, sx, weight, bias, BF16)
 
 
 @pytest.mark.gpu
@@ -345,7 +348,7 @@ def test_the_same_bits_every_time_and_in_a_graph_and_on_another_stream(cuda):
 def test_empty_batches(cuda):
     weight, bias = stored(WEIGHT_FORMATS["w8_g32"], 24, 128, cuda)
     empty = torch.empty(0, 128, dtype=FP16, device=cuda)
-    assert extension.linear_a16(empty, *weight, bias, WEIGHT_FORMATS["w8_g32"]).shape == (0, 24)
+    assert extension.linear_a16(empty, weight, bias).shape == (0, 24)
     if capability() == extension.INT8_CAPABILITY:
-        qx, sx, qweight, scale, bias = int8_operands(0, 24, 128, cuda)
-        assert extension.linear_a8(qx, sx, qweight, scale, None, bias, WEIGHT_FORMATS["w8"], FP16).shape == (0, 24)
+        qx, sx, weight, bias = int8_operands(0, 24, 128, cuda)
+        assert extension.linear_a8(qx, sx, weight, bias, FP16).shape == (0, 24)

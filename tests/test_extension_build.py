@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditq_kernels import extension
+from ditq_kernels.layer import extension
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ditq_kernels import extension
+from ditq_kernels.layer import extension
 
 INT8_ARCHITECTURE = "sm_90a"
 SMALL_ARCHITECTURES = {f"sm_{capability}" for capability in extension.SMALL_CAPABILITIES}

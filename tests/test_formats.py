@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from ditq_kernels import SCHEMES, Scheme
-from ditq_kernels.formats import CODE4_MAX, MULTIPLIER_MAX, RECOMMENDED, WEIGHT_FORMATS, largest_multiplier
-from ditq_kernels.packing import LAYOUTS
+from ditq_kernels.layer.formats import CODE4_MAX, MULTIPLIER_MAX, RECOMMENDED, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels.layer.packing import LAYOUTS
 
 
 def test_every_scheme_parses_to_itself():

@@ -10,15 +10,16 @@ import sys
 import pytest
 import torch
 
-from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.kernels import config, inspection, machine_code, shipped
+from ditq_kernels.inspect import inspection, machine_code, shipped
+from ditq_kernels.kernels import config
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 ARCHITECTURES = inspection.ARCHITECTURES
 
 # Configurations that no predicate would let through, each wrong in its own way.
 BAD_CONFIGURATIONS = """
 import dataclasses, json
-from ditq_kernels.kernels import inspection, shipped
+from ditq_kernels.inspect import inspection, shipped
 
 def with_blocks(variant, **blocks):
     return dataclasses.replace(variant, constants={**variant.constants, **blocks})
@@ -143,7 +144,7 @@ def test_a_driver_is_asked_only_where_there_is_one(capsys):
 
 DYING = """
 import json, os
-from ditq_kernels.kernels import inspection, shipped
+from ditq_kernels.inspect import inspection, shipped
 
 def inspect_index(index, arch, driver):
     if index == 3:

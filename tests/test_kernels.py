@@ -4,10 +4,11 @@ import pytest
 import torch
 from oracle import SHAPES, activations, assert_product, linear
 
-from ditq_kernels import SCHEMES, QuantLinear, kernels, reference
+from ditq_kernels import SCHEMES, QuantLinear, kernels
 from ditq_kernels.error_budget import PLAIN
-from ditq_kernels.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 from ditq_kernels.kernels import activation, config, dispatch
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -16,11 +17,11 @@ formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FOR
 
 
 def stored(fmt, out_features, in_features, device):
-    """(qweight, scale, group_code) and the bias of a layer in ``fmt``."""
+    """The weight and the bias of a layer in ``fmt``."""
     layer = QuantLinear.from_linear(
         linear(out_features, in_features, device), fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     )
-    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
@@ -57,7 +58,7 @@ def test_integer_accumulators_are_bit_exact(fmt, shape, device):
     if weight is None or fmt.promoted:
         pytest.skip("this format has no single accumulator" if fmt.promoted else "the group is larger than K")
     qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
-    actual, expected = (module.linear_a8(qx, sx, *weight, None, fmt, torch.int32) for module in (kernels, reference))
+    actual, expected = (module.linear_a8(qx, sx, weight, None, torch.int32) for module in (kernels, reference))
     assert actual.dtype == torch.int32 and torch.equal(actual, expected)
 
 
@@ -69,10 +70,10 @@ def test_int8_activation_products(fmt, shape, dtype, device):
     weight, bias = stored(fmt, out_features, in_features, device)
     qx, sx = reference.quantize_activation(activations(rows, in_features, dtype, device))
     x = qx.double() * sx.double().unsqueeze(1)
-    w = reference.dequantize(*weight, fmt, in_features)
-    expected = reference.linear_a8(qx, sx, *weight, bias, fmt, dtype)
+    w = reference.dequantize(weight)
+    expected = reference.linear_a8(qx, sx, weight, bias, dtype)
     assert_product(expected, x, w, bias)
-    actual = kernels.linear_a8(qx, sx, *weight, bias, fmt, dtype)
+    actual = kernels.linear_a8(qx, sx, weight, bias, dtype)
     if fmt.promoted:  # fp32 sums over the groups, in an order of each one's own
         assert_product(actual, x, w, bias)
     else:  # an exact sum, and behind it roundings in an order that is part of the contract
@@ -86,10 +87,10 @@ def test_16_bit_activation_products(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
     x = activations(rows, in_features, dtype, device)
-    w = reference.dequantize(*weight, fmt, in_features)
+    w = reference.dequantize(weight)
     arithmetic = config.arithmetic(dispatch.chosen(x, out_features, fmt, dtype), x.element_size())
     for module, does in ((kernels, arithmetic), (reference, PLAIN)):
-        assert_product(module.linear_a16(x, *weight, bias, fmt), x, w, bias, does)
+        assert_product(module.linear_a16(x, weight, bias), x, w, bias, does)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,10 +100,10 @@ def test_gradients_of_the_input(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
     weight, _ = stored(fmt, out_features, in_features, device)
     grad = activations(rows, out_features, dtype, device)
-    w = reference.dequantize(*weight, fmt, in_features)
+    w = reference.dequantize(weight)
     arithmetic = config.arithmetic(config.GRADIENT_TILE, grad.element_size())
     for module, does in ((kernels, arithmetic), (reference, PLAIN)):
-        assert_product(module.grad_input(grad, *weight, fmt, in_features), grad, w.T, arithmetic=does)
+        assert_product(module.grad_input(grad, weight), grad, w.T, arithmetic=does)
 
 
 @formats
@@ -110,20 +111,20 @@ def test_identity_activations_decode_the_weight(fmt, device):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
     in_features = 320
     weight, _ = stored(fmt, 48, in_features, device)
-    decoded = kernels.linear_a16(torch.eye(in_features, device=device), *weight, None, fmt)
-    assert torch.equal(decoded, reference.dequantize(*weight, fmt, in_features).T)
-    few = kernels.linear_a16(torch.eye(in_features, device=device)[100:116], *weight, None, fmt)
+    decoded = kernels.linear_a16(torch.eye(in_features, device=device), weight, None)
+    assert torch.equal(decoded, reference.dequantize(weight).T)
+    few = kernels.linear_a16(torch.eye(in_features, device=device)[100:116], weight, None)
     assert torch.equal(few, decoded[100:116])
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8_g128_static", "w4a8_g32", "w4a16_g128"])
 def test_empty_batches(name, device):
     layer = QuantLinear.from_linear(linear(24, 128, device), name, input_amax=4.0)
-    weight = (layer.qweight, layer.scale, layer.group_code)
+    weight = layer.packed_weight
     empty = torch.empty(0, 128, device=device)
-    assert kernels.linear_a16(empty, *weight, layer.bias, layer.scheme.weight).shape == (0, 24)
+    assert kernels.linear_a16(empty, weight, layer.bias).shape == (0, 24)
     assert [part.shape for part in kernels.quantize_activation(empty)] == [(0, 128), (0,)]
-    assert kernels.grad_input(torch.empty(0, 24, device=device), *weight, layer.scheme.weight, 128).shape == (0, 128)
+    assert kernels.grad_input(torch.empty(0, 24, device=device), weight).shape == (0, 128)
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -133,9 +134,7 @@ def test_a_broken_row_gives_a_row_of_nan(name, rows, device):
     x = activations(rows, 128, torch.float32, device)
     x[2, 5] = float("inf")
     qx, sx = kernels.quantize_activation(x, layer.input_amax)
-    y = kernels.linear_a8(
-        qx, sx, layer.qweight, layer.scale, layer.group_code, layer.bias, layer.scheme.weight, torch.float32
-    )
+    y = kernels.linear_a8(qx, sx, layer.packed_weight, layer.bias, torch.float32)
     broken = torch.isnan(y)
     assert broken[2].all() and not broken[:2].any() and not broken[3:].any()
 
@@ -143,9 +142,9 @@ def test_a_broken_row_gives_a_row_of_nan(name, rows, device):
 @pytest.mark.parametrize("name", ["w8a8_g128", "w4a8_g128", "w8a16_g128"])
 def test_the_same_input_gives_the_same_bits(name, device):
     layer = QuantLinear.from_linear(linear(72, 384, device), name).to(device)
-    weight = (layer.qweight, layer.scale, layer.group_code)
+    weight = layer.packed_weight
     x = activations(33, 384, torch.bfloat16, device)
-    first, second = (kernels.linear_a16(x, *weight, layer.bias, layer.scheme.weight) for _ in range(2))
+    first, second = (kernels.linear_a16(x, weight, layer.bias) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -178,5 +177,5 @@ def test_the_assembly_decoder_on_the_gpu(name, device):
     weight, _ = stored(fmt, 128, 384, device)
     qx = torch.randint(-127, 128, (300, 384), dtype=torch.int8, device=device)
     ones = torch.ones(300, device=device)
-    actual, expected = (module.linear_a8(qx, ones, *weight, None, fmt, torch.int32) for module in (kernels, reference))
+    actual, expected = (module.linear_a8(qx, ones, weight, None, torch.int32) for module in (kernels, reference))
     assert torch.equal(actual, expected)

@@ -6,8 +6,8 @@ from oracle import activations, generator, linear
 from torch import nn
 
 from ditq_kernels import SCHEMES, QuantLinear
-from ditq_kernels.formats import RECOMMENDED
-from ditq_kernels.ops import quantize_activation
+from ditq_kernels.layer.formats import RECOMMENDED
+from ditq_kernels.layer.ops import quantize_activation
 
 CPU = torch.device("cpu")
 recommended = pytest.mark.parametrize("scheme", RECOMMENDED)

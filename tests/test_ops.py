@@ -7,8 +7,9 @@ import torch
 from oracle import activations, linear
 
 import ditq_kernels as ditq
-from ditq_kernels import QuantLinear, backend, extension, ops
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels import QuantLinear
+from ditq_kernels.layer import backend, extension, ops
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 CPU = torch.device("cpu")
 formats = pytest.mark.parametrize("name", WEIGHT_FORMATS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ditq_kernels.packing import BLOCK, LAYOUTS, pack_groups, unpack_groups
+from ditq_kernels.layer.packing import BLOCK, LAYOUTS, pack_groups, unpack_groups
 
 
 def every_code(layout, columns):

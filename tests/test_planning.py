@@ -7,11 +7,11 @@ import torch
 from small_models import tiny_dit, tiny_model
 from torch import nn
 
-from ditq_kernels.conversion import quantize, quantized_layers
-from ditq_kernels.formats import SCHEMES, Scheme
-from ditq_kernels.linear import QuantLinear
-from ditq_kernels.planning import Plan, plan
-from ditq_kernels.recipes import RECIPES, recipe_for
+from ditq_kernels.layer.formats import SCHEMES, Scheme
+from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.model.conversion import quantize, quantized_layers
+from ditq_kernels.model.planning import Plan, plan
+from ditq_kernels.model.recipes import RECIPES, recipe_for
 
 BLOCK_OF_DIT = {
     "norm1.emb.timestep_embedder.linear_1": None,

@@ -2,10 +2,11 @@ import pytest
 import torch
 from oracle import linear
 
-from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.packing import LAYOUTS, pack_groups
-from ditq_kernels.quantizer import ZERO_POINT_RULES, quantize_weight
-from ditq_kernels.reference import dequantize
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
+from ditq_kernels.layer.packing import LAYOUTS, pack_groups
+from ditq_kernels.layer.quantizer import ZERO_POINT_RULES, quantize_weight
+from ditq_kernels.layer.reference import dequantize
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 TWO_LEVEL = [fmt for fmt in WEIGHT_FORMATS.values() if fmt.two_level]
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 def dequantized(quantized, fmt, in_features):
     stored = LAYOUTS[fmt.layout].pack(quantized.codes)
     group_code = pack_groups(quantized.multiplier, quantized.zero_point) if fmt.two_level else None
-    return dequantize(stored, quantized.scale, group_code, fmt, in_features)
+    return dequantize(PackedWeight(stored, quantized.scale, group_code, fmt, in_features))
 
 
 def moment(in_features, tokens, seed=0):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from oracle import activations
 
-from ditq_kernels import reference
+from ditq_kernels.layer import reference
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from oracle import activations, assert_product, linear
 
-from ditq_kernels import QuantLinear, reference
-from ditq_kernels.formats import WEIGHT_FORMATS
+from ditq_kernels import QuantLinear
 from ditq_kernels.kernels import config, dispatch, expansion, gradient
 from ditq_kernels.kernels.config import CONFIGS, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
 from ditq_kernels.kernels.in_loop_product import in_loop_product_kernel
+from ditq_kernels.layer import reference
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -37,33 +38,33 @@ def with_descriptors(tile: Config) -> list[Config]:
 def stored(fmt, out_features, in_features, device):
     scheme = fmt.name.replace("w8", "w8a16").replace("w4", "w4a16")
     layer = QuantLinear.from_linear(linear(out_features, in_features, device), scheme)
-    return (layer.qweight, layer.scale, layer.group_code), layer.bias.detach()
+    return layer.packed_weight, layer.bias.detach()
 
 
 def check_a8(fmt, shape, tile, device):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
     qx, sx = reference.quantize_activation(activations(rows, in_features, torch.float32, device))
-    x, w = qx.double() * sx.double().unsqueeze(1), reference.dequantize(*weight, fmt, in_features)
+    x, w = qx.double() * sx.double().unsqueeze(1), reference.dequantize(weight)
     for dtype in (torch.float32, torch.bfloat16):
-        y = dispatch.linear_a8(qx, sx, *weight, bias, fmt, dtype, tile)
+        y = dispatch.linear_a8(qx, sx, weight, bias, dtype, tile)
         if fmt.promoted:
             assert_product(y, x, w, bias, config.arithmetic(tile, qx.element_size()))
         else:  # the sum is exact, and what follows is rounded in the reference's order
-            assert torch.equal(y, reference.linear_a8(qx, sx, *weight, bias, fmt, dtype))
+            assert torch.equal(y, reference.linear_a8(qx, sx, weight, bias, dtype))
     if not fmt.promoted:
-        accumulator = dispatch.linear_a8(qx, sx, *weight, None, fmt, torch.int32, tile)
-        assert torch.equal(accumulator, reference.linear_a8(qx, sx, *weight, None, fmt, torch.int32))
+        accumulator = dispatch.linear_a8(qx, sx, weight, None, torch.int32, tile)
+        assert torch.equal(accumulator, reference.linear_a8(qx, sx, weight, None, torch.int32))
 
 
 def check_a16(fmt, shape, tile, device, dtypes=(torch.bfloat16, torch.float16), silu=False):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
-    w = reference.dequantize(*weight, fmt, in_features)
+    w = reference.dequantize(weight)
     for dtype in dtypes:
         x = activations(rows, in_features, dtype, device)
         for b in (None, bias) if dtype == torch.bfloat16 else (bias,):
-            y = dispatch.linear_a16(x, *weight, b, fmt, silu, tile)
+            y = dispatch.linear_a16(x, weight, b, silu, tile)
             assert_product(y, x, w, b, config.arithmetic(tile, x.element_size()), silu)
 
 
@@ -112,19 +113,19 @@ def test_products_expanded_for_cublas(fmt, shape, device):
 def test_decoding_in_the_loop_is_exact(fmt, device):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
     in_features = 320
-    (qweight, scale, group_code), _ = stored(fmt, 48, in_features, device)
+    weight, _ = stored(fmt, 48, in_features, device)
     one_hot, ones = torch.eye(in_features, dtype=torch.int8, device=device), torch.ones(in_features, device=device)
-    y = dispatch.linear_a8(one_hot, ones, qweight, scale, group_code, None, fmt, torch.float32, IN_LOOP)
-    assert torch.equal(y, reference.dequantize(qweight, scale, group_code, fmt, in_features).T)
+    y = dispatch.linear_a8(one_hot, ones, weight, None, torch.float32, IN_LOOP)
+    assert torch.equal(y, reference.dequantize(weight).T)
 
 
 @pytest.mark.parametrize("fmt", [WEIGHT_FORMATS["w8_g32"], WEIGHT_FORMATS["w4_g128"]], ids=str)
 def test_gradients_in_fp32_are_summed_over_stretches(fmt, device, monkeypatch):
     monkeypatch.setattr(expansion, "SCRATCH_BYTES", 150 * 256 * 4)
-    (qweight, scale, group_code), _ = stored(fmt, 300, 256, device)
+    weight, _ = stored(fmt, 300, 256, device)
     grad = activations(20, 300, torch.float32, device)
-    w = reference.dequantize(qweight, scale, group_code, fmt, 256)
-    found = gradient.grad_input(grad, qweight, scale, group_code, fmt, 256)
+    w = reference.dequantize(weight)
+    found = gradient.grad_input(grad, weight)
     assert_product(found, grad, w.T)
 
 
@@ -156,26 +157,26 @@ def test_stretches_are_even_and_fit_the_scratch(features, element_bytes):
 
 @formats
 def test_expansion_is_the_decoded_weight(fmt, device):
-    (qweight, scale, group_code), _ = stored(fmt, 150, 200, device)
+    weight, _ = stored(fmt, 150, 200, device)
     for dtype in DTYPES:
         scratch = torch.empty(22, 200, dtype=dtype, device=device)
-        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
-        assert torch.equal(scratch, reference.dequantize(qweight, scale, group_code, fmt, 200)[128:].to(dtype))
+        expansion.expand(weight, 128, scratch)
+        assert torch.equal(scratch, reference.dequantize(weight)[128:].to(dtype))
     if fmt.two_level:
         scratch = torch.empty(22, 200, dtype=torch.int8, device=device)
-        expansion.expand(qweight, scale, group_code, fmt, 128, scratch)
-        assert torch.equal(scratch, reference.decode(qweight, group_code, fmt, 200)[128:])
+        expansion.expand(weight, 128, scratch)
+        assert torch.equal(scratch, reference.decode(weight)[128:])
 
 
 def test_operands_that_descriptors_cannot_read_are_read_by_pointers(device):
     """Rows that begin between 16-byte boundaries: K = 130, and a first element one byte off."""
     tile = dataclasses.replace(INT8, descriptors=True)
     fmt = WEIGHT_FORMATS["w8"]
-    (qweight, scale, _), bias = stored(fmt, 72, 128, device)
+    weight, bias = stored(fmt, 72, 128, device)
     shifted = torch.randint(-127, 128, (20, 145), dtype=torch.int8, device=device)[:, 1:129]
     sx = torch.ones(20, device=device)
     y, expected = (
-        f(shifted, sx, qweight, scale, None, bias, fmt, torch.float32, *more)
+        f(shifted, sx, weight, bias, torch.float32, *more)
         for f, more in ((dispatch.linear_a8, (tile,)), (reference.linear_a8, ()))
     )
     assert torch.equal(y, expected)
@@ -203,10 +204,10 @@ def test_products_can_be_captured_in_a_cuda_graph(name, device):
     weight, bias = stored(fmt, 1152, 1152, device)
     for rows in (1, 16, 300, 4096):
         x = activations(rows, 1152, torch.bfloat16, device)
-        expected = dispatch.linear_a16(x, *weight, bias, fmt)
+        expected = dispatch.linear_a16(x, weight, bias)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = dispatch.linear_a16(x, *weight, bias, fmt)
+            y = dispatch.linear_a16(x, weight, bias)
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
@@ -224,8 +225,8 @@ def test_nothing_is_compiled_when_only_m_changes(name, device):
 
     def run(rows):
         x = activations(rows, 1152, torch.bfloat16, device)
-        dispatch.linear_a16(x, *weight, bias, fmt)
-        dispatch.linear_a8(*reference.quantize_activation(x), *weight, bias, fmt, torch.bfloat16)
+        dispatch.linear_a16(x, weight, bias)
+        dispatch.linear_a8(*reference.quantize_activation(x), weight, bias, torch.bfloat16)
 
     for rows in (512, 2048):
         run(rows)

@@ -12,8 +12,8 @@ from small_sources import small_pipeline
 from torch import nn
 
 from ditq_kernels.integrations.diffusers import Source
+from ditq_kernels.integrations.pictures import to_unit_range
 from ditq_kernels.integrations.sampling import default_scheduler, initial_noise, sample, save_grid
-from ditq_kernels.pictures import to_unit_range
 
 
 def tiny_dit(seed=0, **overrides):

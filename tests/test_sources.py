@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 from small_sources import digests, small_dit, small_pipeline
 
 import ditq_kernels as ditq
-from ditq_kernels.conversion import quantized_layers
 from ditq_kernels.integrations import diffusers as sources
 from ditq_kernels.integrations.diffusers import Source, load_source, save_quantized
+from ditq_kernels.model.conversion import quantized_layers
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_failure_at_the_last_moment_leaves_nothing(kind, request, tmp_path, mo
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.rename", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_quantized(source, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..calibration import DEFAULT_STEP, step_index
-from ..formats import Scheme
-from ..planning import Plan, plan
+from ..layer.formats import Scheme
+from ..model.calibration import DEFAULT_STEP, step_index
+from ..model.planning import Plan, plan
 from .observe import Observation, observe_run
 from .sensitivity import Forms, Losses, draw_losses, forms_of, output_losses, squared_errors
 from .weights import WeightStatistics, all_weights
@@ -47,7 +47,7 @@ class Analysis:
     def errors(self) -> dict[str, dict[str, float]]:
         """Squared errors of the pictures, by layer and the scheme that it was tried in:
         ``ditq.plan(model, scheme, budget_bits=..., errors=...)`` takes them, if the schemes tried were
-        :func:`ditq_kernels.budget.alternatives` of its scheme.
+        :func:`ditq_kernels.model.budget.alternatives` of its scheme.
         """
         return squared_errors(self.losses, self.forms)
 

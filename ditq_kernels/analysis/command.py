@@ -6,19 +6,22 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..calibration import DEFAULT_STEP
+from .. import arguments
+from ..arguments import AddCommand
+from ..model.calibration import DEFAULT_STEP
 
 TRIAL_STEPS = 10
 SEED_STRIDE = 7919  # a prime: classes of consecutive pictures lie far apart
 
 
-def _analyze(args: argparse.Namespace, device: str) -> int:
+def _analyze(args: argparse.Namespace) -> int:
     from .. import __version__
     from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, sample
     from .analyze import analyze
     from .report import check_target, findings, plan_text, write
 
+    device = arguments.device(args.device)
     check_target(args.out)
     source = load_source(args.source, device=device)
     name = type(source.transformer).__name__
@@ -66,31 +69,11 @@ def _analyze(args: argparse.Namespace, device: str) -> int:
     return 0
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a position in the run, from 0 to 1")
-    return value
-
-
-def add_commands(
-    command: Callable[..., argparse.ArgumentParser],
-    device_of: Callable[[str | None], str],
-    count: Callable[[str], int],
-    seed: Callable[[str], int],
-) -> None:
-    """Add the command by ``command(name, run, help, examples)``.
-
-    Args:
-        device_of: the device's name that ``--device`` means.
-        count, seed: parse a positive whole number, and a seed.
-    """
+def add_commands(command: AddCommand) -> None:
+    """Add the command by ``command(name, run, help, examples)``."""
     analyze = command(
         "analyze",
-        lambda args: _analyze(args, device_of(args.device)),
+        _analyze,
         "show what makes a model hard to quantize: a page with pictures, numbers, and a recommended plan",
         "  ditq analyze ./DiT-XL-2-256 --out ./analysis\n"
         "  ditq analyze ./DiT-XL-2-256 --schemes w8a8 w4a16_g64 --no-trials --out ./quick",
@@ -104,17 +87,22 @@ def add_commands(
         default=["w8a8", "w8a8_static", "w4a8_g128"],
         help="to try each layer in; the plan is made for the last (default: w8a8 w8a8_static w4a8_g128)",
     )
-    analyze.add_argument("--steps", type=count, default=50, help="steps of the observed run (default: %(default)s)")
     analyze.add_argument(
-        "--step", type=_fraction, default=DEFAULT_STEP, help="where static scales are taken from (default: %(default)s)"
+        "--steps", type=arguments.count, default=50, help="steps of the observed run (default: %(default)s)"
     )
-    analyze.add_argument("--samples", type=count, default=4, help="pictures in a run (default: %(default)s)")
+    analyze.add_argument(
+        "--step",
+        type=arguments.fraction,
+        default=DEFAULT_STEP,
+        help="where static scales are taken from (default: %(default)s)",
+    )
+    analyze.add_argument("--samples", type=arguments.count, default=4, help="pictures in a run (default: %(default)s)")
     analyze.add_argument(
         "--trial-steps",
-        type=count,
+        type=arguments.count,
         default=TRIAL_STEPS,
         help="steps of each run with one layer quantized (default: %(default)s)",
     )
     analyze.add_argument("--no-trials", action="store_true", help="leave those runs out; the plan has no exceptions")
     analyze.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
-    analyze.add_argument("--seed", type=seed, default=0, help="of the runs (default: %(default)s)")
+    analyze.add_argument("--seed", type=arguments.seed, default=0, help="of the runs (default: %(default)s)")

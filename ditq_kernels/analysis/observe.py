@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..observation import count_calls, linear_layers, observe_calls
+from ..model.observation import count_calls, linear_layers, observe_calls
 from .statistics import Histogram, InputStatistics
 
 ATTENTION_ROWS = 64  # queries of each call whose probabilities are computed, spread evenly over the first sample
@@ -66,7 +66,7 @@ class Observation:
 
 
 class _RunObserver:
-    """Puts what layers are fed where it belongs; see :func:`ditq_kernels.observation.observe_calls`."""
+    """Puts what layers are fed where it belongs; see :func:`ditq_kernels.model.observation.observe_calls`."""
 
     def __init__(self, observation: Observation, progress: Callable[[], Any]) -> None:
         self.observation, self.progress, self.step = observation, progress, 0

@@ -6,14 +6,12 @@ import base64
 import dataclasses
 import json
 import math
-import os
-import shutil
 import statistics
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from . import pictures
 from .analyze import Analysis
 from .statistics import InputStatistics
@@ -263,14 +261,8 @@ def write(analysis: Analysis, about: dict[str, Any], directory: Path) -> None:
         FileExistsError: if ``directory`` is there already.
     """
     check_target(directory)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
-    unfinished.mkdir()
-    try:
+    with written_whole(directory) as unfinished:
+        unfinished.mkdir(parents=True)
         content = json.dumps(as_json(analysis, about), indent=1, allow_nan=False)
         for name, text in zip(REPORT_FILES, (content + "\n", as_html(analysis, about)), strict=True):
             (unfinished / name).write_text(text)
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

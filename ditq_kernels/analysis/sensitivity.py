@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..conversion import replace_module
-from ..formats import Scheme
-from ..linear import QuantLinear
-from ..observation import linear_layers, observe_calls
-from ..planning import obstacle_to, plan
+from ..layer.formats import Scheme
+from ..layer.linear import QuantLinear
+from ..model.conversion import replace_module
+from ..model.observation import linear_layers, observe_calls
+from ..model.planning import obstacle_to, plan
 from .weights import signal_to_noise
 
 Forms = dict[str, dict[str, str]]  # by layer, by the scheme asked for: the scheme that the layer is tried in

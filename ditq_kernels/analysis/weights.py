@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..observation import linear_layers
+from ..model.observation import linear_layers
 
 GROUP = 128
 

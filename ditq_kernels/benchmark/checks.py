@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import reference
 from ..error_budget import worst_share, worst_share_of_codes
+from ..layer import reference
 
 CHECKED_ROWS = 512  # compared with the oracle; all others have to be finite
 # Largest ‖y - exact‖ / ‖exact‖ against a product of the unrounded operands, of Gaussian data. A symmetric code of b

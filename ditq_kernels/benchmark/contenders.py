@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from .. import reference
 from ..error_budget import PLAIN, Arithmetic, capability_of, product_oracle
-from ..formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
-from ..linear import QuantLinear
+from ..layer import reference
+from ..layer.formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
+from ..layer.linear import QuantLinear
+from ..layer.packed_weight import PackedWeight
 from .cases import Case
 from .checks import FP8_FAST_SUMS, OPERANDS_16_BIT, Check, check_product, checked_rows, poisoned_memory
 
@@ -283,7 +284,9 @@ def _ours_a8(scheme: Scheme, quantizes: bool, route: str | None, inputs: Inputs)
 
     def product(qx, sx, *weight):
         if chosen is not None:
-            return _dispatch().linear_a8(qx, sx, *weight, fmt, DTYPE, config=chosen)
+            *parts, bias = weight
+            packed = PackedWeight(*parts, fmt, inputs.case.in_features)
+            return _dispatch().linear_a8(qx, sx, packed, bias, DTYPE, config=chosen)
         return torch.ops.ditq.linear_a8(qx, sx, *weight, fmt.name, DTYPE)
 
     def quantize_and_multiply(x, amax, *weight):
@@ -301,10 +304,11 @@ def _ours_a16(scheme: Scheme, route: str | None, inputs: Inputs) -> Prepared:
     operands = (inputs.x, layer.qweight, layer.scale, layer.group_code, layer.bias)
     chosen, runs = _route_config(inputs.x, inputs, fmt, route)
 
-    def call(*operands):
+    def call(x, *weight):
         if chosen is not None:
-            return _dispatch().linear_a16(*operands, fmt, config=chosen)
-        return torch.ops.ditq.linear_a16(*operands, fmt.name, False)
+            *parts, bias = weight
+            return _dispatch().linear_a16(x, PackedWeight(*parts, fmt, inputs.case.in_features), bias, config=chosen)
+        return torch.ops.ditq.linear_a16(x, *weight, fmt.name, False)
 
     oracle = a16_oracle(inputs, layer, arithmetic_of(runs, inputs.x.element_size()))
     return Prepared(call, operands, nbytes(*operands), *oracle, config=_name(runs), poisons=True)

@@ -5,22 +5,13 @@ nothing heavy.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import arguments
+from ..arguments import AddCommand
+
 NOTHING_TO_MEASURE = "no CUDA GPU to measure: kernels run on the CPU only to be tested, and nothing is timed there"
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return seconds
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +20,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="only the shapes that targets are set for")
     parser.add_argument(
-        "--seconds", type=_seconds, default=600.0, help="time to start new cases in (default: %(default).0f)"
+        "--seconds", type=arguments.seconds, default=600.0, help="time to start new cases in (default: %(default).0f)"
     )
 
 
@@ -46,54 +37,50 @@ def _gpu(name: str) -> Any:
     return None
 
 
-def add_commands(
-    command: Callable[..., argparse.ArgumentParser],
-    device_of: Callable[[str | None], str],
-    count: Callable[[str], int],
-    inspect: Callable[[], object],
-) -> None:
-    """Add both commands by ``command(name, run, help, examples)``.
+def _bench(args: argparse.Namespace) -> int:
+    device = _gpu(arguments.device(args.device))
+    if device is None:
+        from ..inspect.command import inspect_kernels
 
-    Args:
-        device_of: the device's name that ``--device`` means.
-        count: parses a positive whole number.
-        inspect: what ``ditq bench`` does without a GPU.
-    """
+        # What can be said of the kernels' speed without a GPU: what they compile to.
+        print("instead, all kernels are compiled for every architecture and their machine code is read; takes minutes")
+        inspect_kernels()
+        return 0
+    from .command import BenchSettings, bench
 
-    def run_bench(args: argparse.Namespace) -> int:
-        device = _gpu(device_of(args.device))
-        if device is None:
-            inspect()
-            return 0
-        from .command import BenchSettings, bench
+    settings = BenchSettings(args.out, args.models, args.schemes, args.rows, args.quick, args.seconds)
+    return 1 if bench(settings, device).lost else 0
 
-        settings = BenchSettings(args.out, args.models, args.schemes, args.rows, args.quick, args.seconds)
-        return 1 if bench(settings, device).lost else 0
 
-    def run_tune(args: argparse.Namespace) -> int:
-        device = _gpu(device_of(args.device))
-        if device is None:
-            return 0
-        from .command import tune
+def _tune(args: argparse.Namespace) -> int:
+    device = _gpu(arguments.device(args.device))
+    if device is None:
+        return 0
+    from .command import tune
 
-        return tune(args.models, args.seconds, args.out, device, args.quick)
+    return tune(args.models, args.seconds, args.out, device, args.quick)
 
+
+def add_commands(command: AddCommand) -> None:
+    """Add both commands by ``command(name, run, help, examples)``."""
     bench = command(
         "bench",
-        run_bench,
+        _bench,
         "measure the kernels beside cuBLAS and other projects' on real layers; without a GPU, inspect them",
         "  ditq bench --quick --out out/bench\n"
         "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300",
     )
     _selection(bench)
     bench.add_argument("--schemes", nargs="+", metavar="SCHEME", help="of ours, only these (default: the recommended)")
-    bench.add_argument("--rows", type=count, nargs="+", metavar="M", help="only cases with these numbers of rows")
+    bench.add_argument(
+        "--rows", type=arguments.count, nargs="+", metavar="M", help="only cases with these numbers of rows"
+    )
     bench.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="directory for JSON and pictures (default: %(default)s)"
     )
     tune = command(
         "tune",
-        run_tune,
+        _tune,
         "time every configuration of the kernels on this GPU, and write the table of winners that they will use",
         "  ditq tune --seconds 900\n  ditq tune --models FLUX.1 --out ./tables",
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..formats import CODE4_MAX
+from ..layer.formats import CODE4_MAX
 from .checks import OPERANDS_8_BIT, WEIGHTS_4_BIT
 from .contenders import DTYPE, Contender, Inputs, Prepared, Unavailable, nbytes, unquantized
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .contenders import BASELINE
 
 SPEEDUP_FILE, ROOFLINE_FILE = "speedup.png", "roofline.png"
@@ -37,9 +37,8 @@ def _timed(case: dict[str, Any]):
 
 
 def _save(figure, path: Path) -> None:
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(beside, dpi=130)
-    beside.replace(path)
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
 
 
 def _caption(content: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .contenders import BASELINE
 from .run import CHECK_FAILED, CaseResults, Result, Run, with_timing
 from .targets import TARGETS, Verdict, judge
@@ -140,11 +140,10 @@ def _finite(value: Any) -> Any:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside ``path``, and rename it into place."""
+    """Write JSON to ``path``, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _cells(record: dict[str, Any]) -> list[str] | None:

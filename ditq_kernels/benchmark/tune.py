@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..error_budget import Arithmetic
-from ..formats import WEIGHT_FORMATS, WeightFormat
+from ..layer.formats import WEIGHT_FORMATS, WeightFormat
+from ..layer.packed_weight import PackedWeight
 from .cases import TARGET_SHAPES, Case
 from .contenders import DTYPE, Inputs, Prepared, a16_oracle, arithmetic_of, check, int8_oracle, nbytes
 from .run import one_line
@@ -128,9 +129,15 @@ def product_with(task: Task, config: Config) -> Callable[..., torch.Tensor]:
     """The product of :func:`operands_of`, as ``config`` says."""
     from ..kernels import dispatch
 
-    if task.activation_bytes == 1:
-        return lambda *operands: dispatch.linear_a8(*operands, task.fmt, DTYPE, config=config)
-    return lambda *operands: dispatch.linear_a16(*operands, task.fmt, config=config)
+    def a8(qx, sx, qweight, scale, group_code, bias):
+        weight = PackedWeight(qweight, scale, group_code, task.fmt, task.case.in_features)
+        return dispatch.linear_a8(qx, sx, weight, bias, DTYPE, config=config)
+
+    def a16(x, qweight, scale, group_code, bias):
+        weight = PackedWeight(qweight, scale, group_code, task.fmt, task.case.in_features)
+        return dispatch.linear_a16(x, weight, bias, config=config)
+
+    return a8 if task.activation_bytes == 1 else a16
 
 
 def problem_of(task: Task, operands: Sequence[torch.Tensor]) -> Problem:

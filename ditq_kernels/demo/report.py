@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .. import __version__
-from ..calibration import Calibration
+from ..files import written_whole
+from ..model.calibration import Calibration
 from .fashion_mnist import CLASS_NAMES
 from .run import Result, Settings, noise_floor
 
@@ -190,11 +189,8 @@ def write_report(results: list[Result], calibration: Calibration, settings: Sett
     check_output(directory)
     floor = noise_floor(results[0].pictures, settings)
     machine = environment(settings)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
-    unfinished.mkdir()
-    try:
+    with written_whole(directory) as unfinished:
+        unfinished.mkdir(parents=True)
         draw_grid(results, settings, unfinished / PICTURE_FILE)
         (unfinished / PAGE_FILE).write_text(_page(results, calibration, settings, floor, machine))
         record = dict(
@@ -208,6 +204,3 @@ def write_report(results: list[Result], calibration: Calibration, settings: Sett
         (unfinished / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
         if directory.exists():
             shutil.rmtree(directory)
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -14,15 +14,15 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from ..backend import selected_backend
-from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
-from ..conversion import quantize, quantized_layers
 from ..evaluation.metrics import difference
 from ..evaluation.variants import ORIGINAL, Variant, variants
-from ..formats import RECOMMENDED
 from ..integrations.diffusers import Source, load_source
+from ..integrations.pictures import to_unit_range
 from ..integrations.sampling import sample
-from ..pictures import to_unit_range
+from ..layer.backend import selected_backend
+from ..layer.formats import RECOMMENDED
+from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
+from ..model.conversion import quantize, quantized_layers
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from ..files import written_whole
 from ..integrations.diffusers import LABEL_FILE
 from . import fashion_mnist
 
@@ -93,8 +93,8 @@ def training_batch(
 
 
 def save_state(path: Path, **state) -> None:
-    torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    with written_whole(path) as unfinished:
+        torch.save(state, unfinished)
 
 
 def save_model(model: DiTTransformer2DModel, ema: EMAModel, scheduler: DDIMScheduler, out: Path) -> None:

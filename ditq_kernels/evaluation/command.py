@@ -10,7 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion import ROUNDINGS
+from .. import arguments
+from ..arguments import AddCommand
+from ..model.conversion import ROUNDINGS
 
 if TYPE_CHECKING:
     from .run import Judge
@@ -45,7 +47,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .. import __version__
     from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, save_grid
-    from ..quantizer import DEFAULT_ZERO_POINT
+    from ..layer.quantizer import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings
     from .samples import save_for_other_evaluators
@@ -111,23 +113,15 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     return 0
 
 
-def add_commands(
-    command: Callable[..., argparse.ArgumentParser],
-    device_of: Callable[[str | None], str],
-    count: Callable[[str], int],
-    seed: Callable[[str], int],
-    judge_of: Callable[[Any], Judge | None],
-) -> None:
+def add_commands(command: AddCommand, judge_of: Callable[[Any], Judge | None]) -> None:
     """Add the command by ``command(name, run, help, examples)``.
 
     Args:
-        device_of: the device's name that ``--device`` means.
-        count, seed: parse a positive whole number, and a seed.
         judge_of: the classifier for a model's pictures, if there is one.
     """
     evaluate = command(
         "evaluate",
-        lambda args: _evaluate(args, device_of(args.device), judge_of),
+        lambda args: _evaluate(args, arguments.device(args.device), judge_of),
         "draw many pictures with the original and with every scheme, and compare them, with the noise floor beside",
         "  ditq evaluate ./DiT-XL-2-256 --schemes w8a8 w4a8_g128 --samples 500 --out ./evaluation\n"
         "  accelerate launch --multi_gpu --num_processes 2 -m ditq_kernels evaluate SRC --out ./evaluation",
@@ -156,9 +150,13 @@ def add_commands(
         default=ROUNDINGS,
         help="of 4-bit weights (default: both)",
     )
-    evaluate.add_argument("--samples", type=count, default=100, help="pictures of each (default: %(default)s)")
-    evaluate.add_argument("--steps", type=count, default=50, help="sampling steps (default: %(default)s)")
+    evaluate.add_argument(
+        "--samples", type=arguments.count, default=100, help="pictures of each (default: %(default)s)"
+    )
+    evaluate.add_argument("--steps", type=arguments.count, default=50, help="sampling steps (default: %(default)s)")
     evaluate.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
-    evaluate.add_argument("--batch", type=count, default=50, help="pictures drawn at once (default: %(default)s)")
-    evaluate.add_argument("--seed", type=seed, default=0, help="of the first picture (default: %(default)s)")
+    evaluate.add_argument(
+        "--batch", type=arguments.count, default=50, help="pictures drawn at once (default: %(default)s)"
+    )
+    evaluate.add_argument("--seed", type=arguments.seed, default=0, help="of the first picture (default: %(default)s)")
     evaluate.add_argument("--npz", action="store_true", help="also write the pictures as other evaluators read them")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..analysis.weights import signal_to_noise
-from ..observation import linear_layers, observe_calls
+from ..model.observation import linear_layers, observe_calls
 
 
 class _Beside:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..pictures import to_unit_range
+from ..integrations.pictures import to_unit_range
 
 MOST_PICKED = 1 << 22  # values that a bootstrap holds at once
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .run import Row
 from .variants import NOISE_FLOOR
 
@@ -70,13 +69,9 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
-    """Write beside ``path`` and rename into place."""
-    beside = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        beside.write_text(json.dumps(as_json(rows, about), indent=1, allow_nan=False) + "\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write ``path``, whole or not at all."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(as_json(rows, about), indent=1, allow_nan=False) + "\n")
 
 
 def draw_steps(rows: Sequence[Row], path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
-from ..conversion import quantize, quantized_layers
-from ..observation import linear_layers
-from ..quantizer import DEFAULT_ZERO_POINT
+from ..layer.quantizer import DEFAULT_ZERO_POINT
+from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
+from ..model.conversion import quantize, quantized_layers
+from ..model.observation import linear_layers
 from . import samples as on_disk
 from .layers import layer_snr_db
 from .metrics import (

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..conversion import quantized_layers
-from ..pictures import to_levels
+from ..files import written_whole
+from ..integrations.pictures import to_levels
+from ..model.conversion import quantized_layers
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -107,9 +106,9 @@ def _begin(request: Request, directory: Path) -> None:
     if check(request, directory):
         return
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / f".{uuid.uuid4().hex}"
-    beside.write_text(json.dumps(asdict(request), indent=1) + "\n")
-    os.replace(beside, directory / SETTINGS_FILE)  # by whichever process comes last; all write the same
+    # By whichever process comes last; all write the same.
+    with written_whole(directory / SETTINGS_FILE) as unfinished:
+        unfinished.write_text(json.dumps(asdict(request), indent=1) + "\n")
 
 
 def missing(request: Request, directory: Path, process: int = 0, processes: int = 1) -> list[slice]:
@@ -155,14 +154,9 @@ def draw(
             guidance=request.guidance,
             progress=False,
         )
-        target = request.path(directory, batch)
-        beside = directory / f".{uuid.uuid4().hex}"
-        try:
-            drawn = dict(samples=samples, labels=torch.tensor(labels[batch]))
-            save_file(drawn, beside, metadata={"process": f"{process} of {processes}"})
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        drawn = dict(samples=samples, labels=torch.tensor(labels[batch]))
+        with written_whole(request.path(directory, batch)) as unfinished:
+            save_file(drawn, unfinished, metadata={"process": f"{process} of {processes}"})
     return len(wanted)
 
 
@@ -195,9 +189,5 @@ def save_for_other_evaluators(batches: Iterable[torch.Tensor], labels: list[int]
 
     levels = torch.cat([to_levels(batch) for batch in batches]).permute(0, 2, 3, 1)
     colours = levels.expand(-1, -1, -1, 3) if levels.shape[-1] == 1 else levels
-    beside = path.with_name(f".{uuid.uuid4().hex}.npz")
-    try:
-        np.savez(beside, colours.contiguous().numpy(), np.asarray(labels, dtype=np.int64))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as unfinished, unfinished.open("wb") as file:  # to a name, NumPy may add a suffix
+        np.savez(file, colours.contiguous().numpy(), np.asarray(labels, dtype=np.int64))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..conversion import ROUNDINGS
-from ..formats import Scheme
+from ..layer.formats import Scheme
+from ..model.conversion import ROUNDINGS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .. import checkpoint
-from ..manifest import MANIFEST_FILE
+from ..checkpoint import store
+from ..checkpoint.manifest import MANIFEST_FILE
+from ..files import written_whole
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -114,7 +114,7 @@ def _stored_dtype(directory: Path) -> torch.dtype:
 
 def _load_transformer(directory: Path, device: torch.device | str | None) -> nn.Module:
     if (directory / MANIFEST_FILE).exists():
-        return checkpoint.load(directory, device)
+        return store.load(directory, device)
     name = str(_read_json(directory / CONFIG_FILE).get("_class_name", ""))
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
@@ -190,19 +190,13 @@ def save_quantized(source: Source, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     check_target(source, directory)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
-    try:
+    with written_whole(directory) as unfinished:
         if source.is_pipeline:
             shutil.copytree(source.path, unfinished, ignore=lambda _, names: {"transformer"} & set(names))
-            checkpoint.save(source.transformer, unfinished / "transformer")
+            store.save(source.transformer, unfinished / "transformer")
         else:
-            checkpoint.save(source.transformer, unfinished)
+            store.save(source.transformer, unfinished)
             if (source.path / "scheduler").is_dir():
                 shutil.copytree(source.path / "scheduler", unfinished / "scheduler")
             if (source.path / LABEL_FILE).exists():
                 shutil.copy2(source.path / LABEL_FILE, unfinished)
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +12,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..pictures import to_levels
+from ..files import written_whole
+from .pictures import to_levels
 
 # diffusers' own settings for DiT-XL/2, for models that come without a scheduler.
 DEFAULT_SCHEDULE = dict(
@@ -109,9 +108,5 @@ def save_grid(pictures: torch.Tensor, columns: int, path: Path) -> None:
     grid = levels.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     grid = grid.reshape(count // columns * height, columns * width, channels).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with written_whole(path) as unfinished:
         Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Triton kernels behind the ops: raw tensors in and out, the same signatures as :mod:`ditq_kernels.reference`."""
+"""Triton kernels behind the ops: raw tensors in and out, the same signatures as :mod:`ditq_kernels.layer.reference`."""
 
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
 from .dispatch import linear_a8, linear_a16

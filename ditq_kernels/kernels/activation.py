@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import UnsupportedError
+from ..layer.errors import UnsupportedError
 from .config import MAX_ACTIVATION_BLOCK
 from .device import launch_device
 
@@ -193,14 +193,14 @@ def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[to
 
 
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`ditq_kernels.reference.quantize_activation`; any strides."""
+    """See :func:`ditq_kernels.layer.reference.quantize_activation`; any strides."""
     return _quantize(x, amax, "")
 
 
 def gelu_quantize(
     x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`ditq_kernels.reference.gelu_quantize`; any strides."""
+    """See :func:`ditq_kernels.layer.reference.gelu_quantize`; any strides."""
     return _quantize(x, amax, approximate)
 
 
@@ -257,7 +257,7 @@ def norm_modulate(
     scale: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.norm_modulate`.
+    """See :func:`ditq_kernels.layer.reference.norm_modulate`.
 
     Raises:
         UnsupportedError: for rows of more than ``config.MAX_ACTIVATION_BLOCK`` columns.
@@ -276,7 +276,7 @@ def norm_modulate_quantize(
     amax: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`ditq_kernels.reference.norm_modulate_quantize`.
+    """See :func:`ditq_kernels.layer.reference.norm_modulate_quantize`.
 
     Raises:
         UnsupportedError: for rows of more than ``config.MAX_ACTIVATION_BLOCK`` columns.

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..error_budget import PLAIN, Arithmetic
-from ..formats import WeightFormat
-from ..packing import HALF_BLOCK
+from ..layer.formats import WeightFormat
+from ..layer.packing import HALF_BLOCK
 
 MAX_ACTIVATION_BLOCK = 16384  # columns that one program of a row-wise kernel holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights
@@ -218,7 +218,7 @@ def _extension_computes(config: Config, problem: Problem) -> bool:
     """Whether the CUDA extension is there and has the product; activations and output are taken to be bf16."""
     import torch
 
-    from .. import extension
+    from ..layer import extension
 
     shape = (problem.rows, problem.out_features, problem.in_features)
     if problem.activation_bytes == 1:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import extension
-from ..errors import UnsupportedError
-from ..formats import WeightFormat
+from ..layer import extension
+from ..layer.errors import UnsupportedError
+from ..layer.packed_weight import PackedWeight
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
 from .device import describe
 from .gradient import grad_input
@@ -30,37 +30,31 @@ def _refuse(reason: str | None) -> None:
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a8`.
+    """See :func:`ditq_kernels.layer.reference.linear_a8`.
 
     Raises:
-        UnsupportedError: for what :func:`ditq_kernels.extension.why_unsupported_a8` names.
+        UnsupportedError: for what :func:`ditq_kernels.layer.extension.why_unsupported_a8` names.
     """
-    shape = (qx.shape[0], qweight.shape[0], qx.shape[1])
-    _refuse(extension.why_unsupported_a8(*shape, fmt, out_dtype, describe(qx.device).capability))
-    return extension.linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+    shape = (qx.shape[0], weight.out_features, weight.in_features)
+    _refuse(extension.why_unsupported_a8(*shape, weight.fmt, out_dtype, describe(qx.device).capability))
+    return extension.linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def linear_a16(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     silu: bool = False,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a16`.
+    """See :func:`ditq_kernels.layer.reference.linear_a16`.
 
     Raises:
-        UnsupportedError: for what :func:`ditq_kernels.extension.why_unsupported_a16` names.
+        UnsupportedError: for what :func:`ditq_kernels.layer.extension.why_unsupported_a16` names.
     """
-    shape = (x.shape[0], qweight.shape[0], x.shape[1])
-    _refuse(extension.why_unsupported_a16(*shape, fmt, x.dtype, describe(x.device).capability))
-    return extension.linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
+    shape = (x.shape[0], weight.out_features, weight.in_features)
+    _refuse(extension.why_unsupported_a16(*shape, weight.fmt, x.dtype, describe(x.device).capability))
+    return extension.linear_a16(x, weight, bias, silu)

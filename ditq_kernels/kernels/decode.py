@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..packing import BLOCK as _BLOCK
-from ..packing import HALF_BLOCK as _HALF_BLOCK
+from ..layer.packing import BLOCK as _BLOCK
+from ..layer.packing import HALF_BLOCK as _HALF_BLOCK
 
 BLOCK = tl.constexpr(_BLOCK)
 HALF_BLOCK = tl.constexpr(_HALF_BLOCK)

@@ -7,8 +7,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .. import extension
-from ..formats import WeightFormat
+from ..layer import extension
+from ..layer.formats import WeightFormat
+from ..layer.packed_weight import PackedWeight
 from . import tables
 from .config import Config, Problem, row_class
 from .dense_product import dense_product
@@ -59,28 +60,29 @@ def chosen(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: tor
 
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
     y = operands.output()
-    x, sx, qweight, scale, _, bias, *_ = operands
-    dense_product(x, qweight, sx, scale, bias, y, config, multiprocessors)
+    weight = operands.weight
+    dense_product(operands.x, weight.qweight, operands.sx, weight.scale, operands.bias, y, config, multiprocessors)
     return y
 
 
 def _extension_product(operands: Operands, config: Config) -> torch.Tensor:
-    x, sx, *weight, fmt, out_dtype, silu = operands
+    x, sx, weight, bias, out_dtype, silu = operands
     if sx is None:
-        return extension.linear_a16(x, *weight, fmt, silu)
-    return extension.linear_a8(x, sx, *weight, fmt, out_dtype, config.instance)
+        return extension.linear_a16(x, weight, bias, silu)
+    return extension.linear_a8(x, sx, weight, bias, out_dtype, config.instance)
 
 
 def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
     """[M, N] of ``operands``; ``config`` None takes the one chosen for the problem."""
-    x = operands.x
-    if not (x.shape[0] and operands.qweight.shape[0]):
+    x, weight = operands.x, operands.weight
+    out_features = weight.out_features
+    if not (x.shape[0] and out_features):
         return operands.output()
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     device = describe(x.device)
     if config is None:
-        config = chosen(x, operands.qweight.shape[0], operands.fmt, operands.out_dtype)
+        config = chosen(x, out_features, weight.fmt, operands.out_dtype)
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)
@@ -99,29 +101,23 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     out_dtype: torch.dtype,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
-    return product(Operands(qx, sx.contiguous(), qweight, scale, group_code, bias, fmt, out_dtype), config)
+    """See :func:`ditq_kernels.layer.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
+    return product(Operands(qx, sx.contiguous(), weight, bias, out_dtype), config)
 
 
 def linear_a16(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     silu: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.linear_a16`; sums in fp32 over activations in their own dtype. ``config`` None
-    takes the one chosen for the problem.
+    """See :func:`ditq_kernels.layer.reference.linear_a16`; sums in fp32 over activations in their own dtype.
+    ``config`` None takes the one chosen for the problem.
     """
-    return product(Operands(x, None, qweight, scale, group_code, bias, fmt, x.dtype, silu), config)
+    return product(Operands(x, None, weight, bias, x.dtype, silu), config)

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
-from ..packing import BLOCK as _BLOCK
+from ..layer.formats import WeightFormat
+from ..layer.packed_weight import PackedWeight
+from ..layer.packing import BLOCK as _BLOCK
 from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, part_of_block
 from .dense_product import dense_product
@@ -95,18 +96,12 @@ def chunks(out_features: int, in_features: int, element_bytes: int) -> list[tupl
     return [(first, min(size, out_features - first)) for first in range(0, out_features, size)]
 
 
-def expand(
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
-    fmt: WeightFormat,
-    first: int,
-    expanded: torch.Tensor,
-) -> None:
+def expand(weight: PackedWeight, first: int, expanded: torch.Tensor) -> None:
     """Writes ``expanded`` [count, K], contiguous: outputs ``first .. first + count - 1`` of a stored weight, as
     integers if it is int8, else scaled and rounded to its dtype.
     """
-    count, in_features = expanded.shape
+    count = expanded.shape[0]
+    qweight, scale, group_code, fmt, in_features = weight
     constants, options = specialise(fmt, in_features % BLOCK.value == 0, expanded.element_size())
     parts = HALF_BLOCK.value // constants["PART"]
     expansion_kernel[(cdiv(count, EXPANSION_BLOCK_N), cdiv(in_features, BLOCK.value) * parts)](
@@ -133,11 +128,11 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
     stretches = chunks(out_features, in_features, x.element_size())
     scratch = torch.empty((stretches[0][1], in_features), dtype=x.dtype, device=x.device)
     for first, count in stretches:
-        expand(operands.qweight, operands.scale, operands.group_code, operands.fmt, first, scratch[:count])
+        expand(operands.weight, first, scratch[:count])
         product, w = y[:, first : first + count], scratch[:count]
         bias = None if operands.bias is None else operands.bias[first : first + count]
         if config.block_m:
-            scale = operands.scale[first : first + count] if x.dtype == torch.int8 else None
+            scale = operands.weight.scale[first : first + count] if x.dtype == torch.int8 else None
             dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors)
             continue
         with torch.no_grad():  # which functions with an output given ask for
@@ -148,14 +143,7 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
     return y
 
 
-def expanded_gradient(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
-    fmt: WeightFormat,
-    grad_x: torch.Tensor,
-) -> torch.Tensor:
+def expanded_gradient(grad: torch.Tensor, weight: PackedWeight, grad_x: torch.Tensor) -> torch.Tensor:
     """``grad_x`` [M, K], filled in: ``grad`` [M, N] times the weight, by cuBLAS; all fp32."""
     stretches = chunks(grad.shape[1], grad_x.shape[1], grad.element_size())
     grad_x.zero_()
@@ -163,7 +151,7 @@ def expanded_gradient(
         (max((count for _, count in stretches), default=0), grad_x.shape[1]), dtype=grad.dtype, device=grad.device
     )
     for first, count in stretches:
-        expand(qweight, scale, group_code, fmt, first, scratch[:count])
+        expand(weight, first, scratch[:count])
         with torch.no_grad():
             torch.addmm(grad_x, grad[:, first : first + count], scratch[:count], out=grad_x)
     return grad_x

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
+from ..layer.packed_weight import PackedWeight
 from .config import GRADIENT_TILE, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .device import launch_device
@@ -89,23 +90,19 @@ def specialise(fmt: WeightFormat, even: bool) -> tuple[dict[str, int | bool], di
     return constants, dict(num_warps=GRADIENT_TILE.num_warps, num_stages=GRADIENT_TILE.num_stages)
 
 
-def grad_input(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
-    fmt: WeightFormat,
-    in_features: int,
-) -> torch.Tensor:
-    """See :func:`ditq_kernels.reference.grad_input`; weights are rounded to the gradient's dtype, sums are fp32."""
+def grad_input(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """See :func:`ditq_kernels.layer.reference.grad_input`; weights are rounded to the gradient's dtype, sums are
+    fp32.
+    """
     rows, out_features = grad.shape
+    qweight, scale, group_code, fmt, in_features = weight
     grad_x = torch.empty((rows, in_features), dtype=grad.dtype, device=grad.device)
     if not grad_x.numel():
         return grad_x
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     if grad.dtype == torch.float32:
         with launch_device(grad):
-            return expanded_gradient(grad, qweight, scale, group_code, fmt, grad_x)
+            return expanded_gradient(grad, weight, grad_x)
     constants, options = specialise(fmt, in_features % BLOCK.value == 0)
     parts = HALF_BLOCK.value // constants["PART"]
     grid = (cdiv(rows, constants["BLOCK_M"]), cdiv(in_features, BLOCK.value) * parts)

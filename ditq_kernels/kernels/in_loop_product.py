@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
 from .config import Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
 from .epilogue import epilogue, store_tile
@@ -122,23 +122,23 @@ def specialise(
 
 def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     """[M, N]; any M, N and K."""
-    x, fmt, y = operands.x, operands.fmt, operands.output()
+    x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(config, fmt, operands.out_dtype, in_features % BLOCK.value == 0, operands.silu)
     in_loop_product_kernel[(cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),)](
         x,
         operands.sx,
-        operands.qweight,
-        operands.scale,
-        operands.group_code,
+        weight.qweight,
+        weight.scale,
+        weight.group_code,
         operands.bias,
         y,
         rows,
         out_features,
         in_features,
         x.stride(0),
-        operands.qweight.stride(0),
+        weight.qweight.stride(0),
         fmt.group_count(in_features),
         **constants,
         **options,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import WeightFormat
+from ..layer.formats import WeightFormat
 from .config import Config, cdiv
 from .decode import BLOCK, HALF_BLOCK, group_index
 from .epilogue import epilogue, store_tile
@@ -186,22 +186,22 @@ def specialise(config: Config, fmt: WeightFormat, silu: bool) -> tuple[dict[str,
 
 def small_product(operands: Operands, config: Config) -> torch.Tensor:
     """[M, N] for M <= ``config.block_m``; activations in their own dtype."""
-    x, fmt, y = operands.x, operands.fmt, operands.output()
+    x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(config, fmt, operands.silu)
     small_product_kernel[(cdiv(out_features, config.block_n),)](
         x,
-        operands.qweight,
-        operands.scale,
-        operands.group_code,
+        weight.qweight,
+        weight.scale,
+        weight.group_code,
         operands.bias,
         y,
         rows,
         out_features,
         in_features,
         x.stride(0),
-        operands.qweight.stride(0),
+        weight.qweight.stride(0),
         fmt.group_count(in_features),
         **constants,
         **options,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .config import ROW_CLASSES, Config, Problem, heuristic, is_valid
 
 SHIPPED = Path(__file__).parent / "measured"
@@ -65,7 +66,7 @@ def table_path(directory: Path, gpu_name: str) -> Path:
 
 
 def write(path: Path, gpu_name: str, entries: Iterable[Entry], runs: Iterable[dict[str, Any]]) -> None:
-    """Write a table beside ``path`` and rename it into place.
+    """Write a table to ``path``, whole or not at all.
 
     Args:
         runs: versions, commit and date of the measurements that it was made from, oldest first.
@@ -77,9 +78,8 @@ def write(path: Path, gpu_name: str, entries: Iterable[Entry], runs: Iterable[di
         runs=list(runs),
         entries=[dataclasses.asdict(entry) for entry in entries],
     )
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[Entry]]:

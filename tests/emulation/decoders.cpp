@@ -40,7 +40,7 @@ void walk_int8_pairs() {
     }
 }
 
-// What ditq_kernels/formats.py calls largest_multiplier.
+// What ditq_kernels/layer/formats.py calls largest_multiplier.
 bool fits(int multiplier, int zero_point) { return (15 - zero_point) * multiplier <= 127 && zero_point * multiplier <= 128; }
 
 template <class T>

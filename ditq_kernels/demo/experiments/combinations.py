@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...calibration import DEFAULT_STEP
-from ...conversion import quantize
 from ...evaluation.run import OTHER_SEEDS
 from ...evaluation.variants import NOISE_FLOOR, ORIGINAL, Variant, variants
-from ...formats import RECOMMENDED
 from ...integrations.sampling import save_grid
+from ...layer.formats import RECOMMENDED
+from ...model.calibration import DEFAULT_STEP
+from ...model.conversion import quantize
 from .lab import Case, Lab, Protocol
 
 PROTOCOL = Protocol(20)

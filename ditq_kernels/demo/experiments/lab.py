@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
-from ...conversion import quantized_layers
 from ...evaluation.metrics import difference
 from ...evaluation.samples import fingerprint
 from ...integrations.diffusers import load_source
 from ...integrations.sampling import default_scheduler, sample
-from ...linear import QuantLinear
-from ...planning import Plan, plan
+from ...layer.linear import QuantLinear
+from ...model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
+from ...model.conversion import quantized_layers
+from ...model.planning import Plan, plan
 from .. import MODEL_DIRECTORY
 from .records import Records
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ...calibration import DEFAULT_STEP
-from ...conversion import quantize
-from ...formats import Scheme
-from ...planning import Plan, plan
+from ...layer.formats import Scheme
+from ...model.calibration import DEFAULT_STEP
+from ...model.conversion import quantize
+from ...model.planning import Plan, plan
 from .lab import Case, Lab, Protocol, bits_of_all_layers
 
 PROTOCOL = Protocol()

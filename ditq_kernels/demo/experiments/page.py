@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import textwrap
-import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...files import written_whole
 from . import combinations, distribution, plots, tables
 from .records import Records
 
@@ -88,10 +87,6 @@ def write(directory: Path) -> Path:
     for name, plot in plots.PLOTS.items():
         plot(Records.load(directory / f"{name}.json"), directory / f"{name}.png")
     path = directory.with_suffix(".md")
-    beside = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text)
     return path

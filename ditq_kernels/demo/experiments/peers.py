@@ -17,9 +17,9 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from ...calibration import DEFAULT_STEP
-from ...conversion import quantize, replace_module
-from ...planning import plan
+from ...model.calibration import DEFAULT_STEP
+from ...model.conversion import quantize, replace_module
+from ...model.planning import plan
 from .lab import Case, Lab, Protocol
 
 PROTOCOL = Protocol()

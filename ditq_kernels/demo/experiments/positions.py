@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ...conversion import quantize
+from ...model.conversion import quantize
 from .lab import Case, Lab, Protocol
 
 SCHEME = "w4a8_g128_static"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from ...files import written_whole
 
 VERSION = 1
 
@@ -54,7 +54,7 @@ class Records:
         import torch
 
         from ... import __version__
-        from ...quantizer import DEFAULT_ZERO_POINT
+        from ...layer.quantizer import DEFAULT_ZERO_POINT
 
         self.about = dict(
             protocol=protocol,
@@ -95,13 +95,9 @@ class Records:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{uuid.uuid4().hex}")
         rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
-        try:
-            beside.write_text(
+        with written_whole(self.path) as unfinished:
+            unfinished.write_text(
                 f'{{"version": {VERSION}, "complete": {json.dumps(self.complete)},\n'
                 f'"about": {json.dumps(self.about)},\n"rows": [\n{rows}\n]}}\n'
             )
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)

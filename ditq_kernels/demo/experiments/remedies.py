@@ -8,12 +8,12 @@ from functools import cache
 from torch import nn
 
 from ...analysis.sensitivity import draw_losses, forms_of, output_losses, squared_errors
-from ...budget import WEIGHTS
-from ...calibration import DEFAULT_STEP
-from ...conversion import quantize
-from ...formats import SCHEMES
-from ...planning import plan
-from ...smoothing import smooth
+from ...layer.formats import SCHEMES
+from ...model.budget import WEIGHTS
+from ...model.calibration import DEFAULT_STEP
+from ...model.conversion import quantize
+from ...model.planning import plan
+from ...model.smoothing import smooth
 from .lab import CALIBRATION_SEED, Case, Lab, Protocol
 
 PROTOCOL = Protocol()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...quantizer import INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
+from ...layer.quantizer import INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class WeightRounding:
     Attributes:
         bits: of a code, 2 to 8.
         group: inputs per group; None: one group per output channel.
-        zero_point: a key of :data:`ditq_kernels.quantizer.ZERO_POINT_RULES`; 8 bits are symmetric.
+        zero_point: a key of :data:`ditq_kernels.layer.quantizer.ZERO_POINT_RULES`; 8 bits are symmetric.
         two_level: whether the groups' steps are small multiples of one step per channel (4 bits only); else floats.
-        clip: as :func:`ditq_kernels.quantizer.quantize_weight` takes it.
+        clip: as :func:`ditq_kernels.layer.quantizer.quantize_weight` takes it.
         compensated: whether errors are compensated for.
         gain_restored: whether each channel is multiplied afterwards so that its outputs, over the inputs of the
             moment given, have the original's gain.

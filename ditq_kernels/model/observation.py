@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .linear import QuantLinear
+from ..layer.linear import QuantLinear
 
 ROWS_PER_CHUNK = 8192  # rows widened to fp32 at a time, so that a moment needs no fp32 copy of a whole 16-bit input
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .conversion import replace_module
-from .linear import QuantLinear
+from ..files import written_whole
+from ..layer.linear import QuantLinear
+from ..model.conversion import replace_module
+from ..model.planning import obstacle_to
 from .manifest import (
     PROGRESS_BYTES,
     TENSOR_FILE,
@@ -23,7 +23,6 @@ from .manifest import (
     model_config,
     sha256,
 )
-from .planning import obstacle_to
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -54,11 +53,8 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
     from safetensors.torch import save_file
 
     tensors, aliases = _distinct_tensors(model)
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = parent / f".{directory.name}.{uuid.uuid4().hex}"
-    unfinished.mkdir()
-    try:
+    with written_whole(directory) as unfinished:
+        unfinished.mkdir(parents=True)
         file = unfinished / TENSOR_FILE
         save_file(tensors, file, metadata={"format": "pt"})
         Manifest(
@@ -74,9 +70,6 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
         _check_free(directory)
         if directory.is_dir():
             directory.rmdir()  # an empty one; not every system renames over it
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load(
@@ -116,7 +109,7 @@ def load(
 
 
 def _version() -> str:
-    from . import __version__  # the package's root imports this file
+    from .. import __version__  # the package's root imports this file
 
     return __version__
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .formats import SCHEMES, Scheme
-from .linear import QuantLinear
+from ..layer.formats import SCHEMES, Scheme
+from ..layer.linear import QuantLinear
 
 WEIGHTS = ("w4_g128", "w4_g64", "w4_g32", "w8")  # what a budget chooses among
 

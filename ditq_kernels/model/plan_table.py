@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import product
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .planning import PlanEntry
+from .plan_entry import PlanEntry
 
 
 def plan_table(entries: list[PlanEntry], every_layer: bool) -> list[str]:

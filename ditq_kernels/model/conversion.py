@@ -7,12 +7,13 @@ import math
 import torch
 from torch import nn
 
+from ..layer.formats import WEIGHT_FORMATS, Scheme
+from ..layer.linear import QuantLinear
+from ..layer.quantizer import quantize_weight
 from .calibration import Calibration
-from .formats import WEIGHT_FORMATS, Scheme
-from .linear import QuantLinear
 from .observation import linear_layers
-from .planning import Plan, PlanEntry, obstacle_to, plan
-from .quantizer import quantize_weight
+from .plan_entry import PlanEntry
+from .planning import Plan, obstacle_to, plan
 
 ROUNDINGS = ("nearest", "compensated")
 
@@ -50,7 +51,7 @@ def quantize(
         rounding: "nearest", or "compensated": a weight's rounding error is made up for by the weights rounded after
             it, as the calibration's second moments say.
         clip: None keeps each group's whole range; else a ratio in (0, 1], or "search": see
-            :func:`ditq_kernels.quantizer.quantize_weight`.
+            :func:`ditq_kernels.layer.quantizer.quantize_weight`.
         progress: whether to show a bar.
 
     Raises:

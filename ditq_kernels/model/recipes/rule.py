@@ -54,7 +54,7 @@ class Recipe:
     Attributes:
         architecture: the name of the model's class.
         rules: a layer that none of them matches stays in 16 bits.
-        folds: what :func:`ditq_kernels.smoothing.smooth` can smooth.
+        folds: what :func:`ditq_kernels.model.smoothing.smooth` can smooth.
     """
 
     architecture: str

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats import WEIGHT_FORMATS, WeightFormat
-from . import activation, dense_product, expansion, gradient, in_loop_product, small_product
-from .config import CONFIGS, Config, Problem, is_valid
-from .machine_code import Variant
+from ..kernels import activation, dense_product, expansion, gradient, in_loop_product, small_product
+from ..kernels.config import CONFIGS, Config, Problem, is_valid
+from ..layer.formats import WEIGHT_FORMATS, WeightFormat
+from .compilation import Variant
 
 EVEN_WIDTH, RAGGED_WIDTH = 3072, 1136
 MANY_ROWS = 4096

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .formats import INT8_MAX, WeightFormat
+from .packed_weight import PackedWeight
 from .packing import LAYOUTS, unpack_groups
 
 # Rows that reach no further than this are quantized as if they did: 127 / amax stays finite, and a row of zeros needs
@@ -96,14 +97,15 @@ def norm_modulate_quantize(
     return quantize_activation(_norm_modulate_fp32(x, weight, bias, shift, scale, eps).flatten(0, 1), amax)
 
 
-def decode(qweight: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int) -> torch.Tensor:
+def decode(weight: PackedWeight) -> torch.Tensor:
     """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level
     formats.
     """
-    codes = LAYOUTS[fmt.layout].unpack(qweight, in_features)
-    if not fmt.two_level:
+    codes = LAYOUTS[weight.fmt.layout].unpack(weight.qweight, weight.in_features)
+    if not weight.fmt.two_level:
         return codes
-    multiplier, zero_point = (_per_input(part, fmt, in_features).to(torch.int16) for part in unpack_groups(group_code))
+    groups = unpack_groups(weight.group_code)
+    multiplier, zero_point = (_per_input(part, weight.fmt, weight.in_features).to(torch.int16) for part in groups)
     return (multiplier * (codes.to(torch.int16) - zero_point)).to(torch.int8)
 
 
@@ -114,12 +116,11 @@ def _per_input(parameters: torch.Tensor, fmt: WeightFormat, in_features: int) ->
     return parameters.T.repeat_interleave(fmt.group, 1)[:, :in_features]
 
 
-def dequantize(
-    qweight: torch.Tensor, scale: torch.Tensor, group_code: torch.Tensor | None, fmt: WeightFormat, in_features: int
-) -> torch.Tensor:
+def dequantize(weight: PackedWeight) -> torch.Tensor:
     """fp32 [N, K]: integers times scales, exactly what the kernels multiply by."""
-    scales = _per_input(scale, fmt, in_features) if fmt.promoted else scale.unsqueeze(1)
-    return decode(qweight, group_code, fmt, in_features).to(torch.float32) * scales
+    scale, fmt = weight.scale, weight.fmt
+    scales = _per_input(scale, fmt, weight.in_features) if fmt.promoted else scale.unsqueeze(1)
+    return decode(weight).to(torch.float32) * scales
 
 
 @functools.cache
@@ -151,19 +152,15 @@ def int8_product(qx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """[M, N] in ``out_dtype``; with ``torch.int32`` the raw accumulators, of formats that have them."""
-    in_features = qx.shape[1]
-    w = decode(qweight, group_code, fmt, in_features)
+    w, scale, fmt = decode(weight), weight.scale, weight.fmt
     if fmt.promoted:
         total = torch.zeros((qx.shape[0], w.shape[0]), dtype=torch.float32, device=qx.device)
-        for index, start in enumerate(range(0, in_features, fmt.group)):
+        for index, start in enumerate(range(0, weight.in_features, fmt.group)):
             columns = slice(start, start + fmt.group)
             total += (
                 int8_product(qx[:, columns].contiguous(), w[:, columns].contiguous()).to(torch.float32) * scale[index]
@@ -179,27 +176,17 @@ def linear_a8(
 
 def linear_a16(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     silu: bool = False,
 ) -> torch.Tensor:
     """``x`` [M, K], or SiLU of it rounded to its dtype, to [M, N] in ``x.dtype``, computed in fp32."""
     if silu:
         x = F.silu(x)
-    weight = dequantize(qweight, scale, group_code, fmt, x.shape[1])
-    return F.linear(x.to(torch.float32), weight, None if bias is None else bias.to(torch.float32)).to(x.dtype)
+    bias = None if bias is None else bias.to(torch.float32)
+    return F.linear(x.to(torch.float32), dequantize(weight), bias).to(x.dtype)
 
 
-def grad_input(
-    grad: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
-    fmt: WeightFormat,
-    in_features: int,
-) -> torch.Tensor:
+def grad_input(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """``grad`` [M, N] to [M, K] in ``grad.dtype``: the product with the dequantized weight, computed in fp32."""
-    return (grad.to(torch.float32) @ dequantize(qweight, scale, group_code, fmt, in_features)).to(grad.dtype)
+    return (grad.to(torch.float32) @ dequantize(weight)).to(grad.dtype)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .formats import Scheme
-from .linear import QuantLinear
-from .packing import LAYOUTS
+from ..layer.formats import Scheme
+from ..layer.linear import QuantLinear
+from ..layer.packing import LAYOUTS
 
 FORMAT = "ditq"
 VERSION = 1

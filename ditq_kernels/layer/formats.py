@@ -40,7 +40,7 @@ class WeightFormat:
         group: inputs that share one group parameter, or None for one group per output channel.
         scaling: "float": fp32 scales, one per group; "two_level": one fp32 scale per channel and one byte (multiplier,
             zero point) per group.
-        layout: the name of the codes' layout in :data:`ditq_kernels.packing.LAYOUTS`.
+        layout: the name of the codes' layout in :data:`ditq_kernels.layer.packing.LAYOUTS`.
     """
 
     bits: int

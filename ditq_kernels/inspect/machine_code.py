@@ -1,7 +1,4 @@
-"""Compile a kernel for any NVIDIA architecture, with no GPU present, and read its machine code.
-
-Needs a process without ``TRITON_INTERPRET``; the disassembler comes with Triton.
-"""
+"""Read a compiled kernel's machine code; the disassembler comes with Triton."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
-from .config import SHARED_MEMORY
+from ..kernels.config import SHARED_MEMORY
+from .compilation import Variant
 
 # Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
 # the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
@@ -34,30 +31,8 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?)([A-Z][^;]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One kernel in one compiled form.
-
-    Attributes:
-        types: Triton types of the arguments that are no plain integers, such as "*bf16"; None for absent ones.
-        constants, options: compile-time constants and launch options.
-        matrix: "int8" or "float" if the kernel has a matrix product of such operands.
-        decodes: whether it decodes weights right before the product.
-        issue_budget: the most issue slots per matrix clock that its loop may take, where one was set.
-    """
-
-    name: str
-    kernel: triton.JITFunction
-    types: dict[str, str | None]
-    constants: dict[str, int | bool | str]
-    options: dict[str, int | bool]
-    matrix: str | None = None
-    decodes: bool = False
-    issue_budget: float | None = None
-
-
-@dataclass(frozen=True)
 class MachineCode:
-    """What the machine code of a :class:`Variant` says.
+    """What the machine code of a :class:`.compilation.Variant` says.
 
     Attributes:
         registers: per thread.
@@ -175,55 +150,14 @@ def _dump(what: str, path: str) -> str:
     return subprocess.run([_tool("cuobjdump"), what, path], capture_output=True, text=True, check=True).stdout
 
 
-def _source(variant: Variant) -> ASTSource:
-    """The kernel with typed arguments: pointers and integers are multiples of 16 unless the kernel says otherwise."""
-    signature: dict[str, str] = {}
-    constants: dict[str, int | bool | str | None] = dict(variant.constants)
-    attributes = {}
-    for index, parameter in enumerate(variant.kernel.params):
-        name = parameter.name
-        kind = variant.types.get(name, "i32")
-        if name in constants or kind is None:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        elif name == "stride_k":
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = kind
-            aligned = kind == "i32" or kind.startswith("*")
-            if aligned and not parameter.do_not_specialize and name != "groups":
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(variant.kernel, signature, constants, attributes)
-
-
-def load(name: str, cubin: bytes, shared: int) -> tuple[int, int]:
-    """(registers, words of thread-local memory) of a kernel that the driver of the current GPU has loaded.
-
-    Raises:
-        RuntimeError: if the driver refuses it.
-    """
-    import torch
-    from triton.runtime import driver
-
-    torch.cuda.synchronize()  # there is a context from here on
-    device = torch.cuda.current_device()
-    _, _, registers, spills, _ = driver.active.utils.load_binary(name, cubin, shared, device)
-    return registers, spills
-
-
 def left_operand(matrix: list[Instruction]) -> str | None:
     """See :attr:`MachineCode.left_operand`."""
     places = {instruction.left_operand for instruction in matrix}
     return "shared" if "shared" in places else next(iter(places), None)
 
 
-def compile_variant(variant: Variant, arch: int, driver: bool = False) -> MachineCode:
-    """Compile ``variant`` for ``arch`` (10 * major + minor) and read its machine code.
-
-    Args:
-        driver: load it on the current GPU, which is of ``arch``, as well.
-    """
-    compiled = triton.compile(_source(variant), target=GPUTarget("cuda", arch, 32), options=variant.options)
+def read(variant: Variant, arch: int, compiled: CompiledKernel) -> MachineCode:
+    """What the machine code of ``variant`` says, which was compiled for ``arch`` (10 * major + minor)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -234,7 +168,6 @@ def compile_variant(variant: Variant, arch: int, driver: bool = False) -> Machin
         code = instructions(_dump("-sass", file.name)) if listed else []
     matrix = [instruction for instruction in code if instruction.is_matrix]
     turn = main_loop(code)
-    loaded = load(compiled.name, compiled.asm["cubin"], compiled.metadata.shared) if driver else (None, None)
     return MachineCode(
         name=variant.name,
         arch=arch,
@@ -246,6 +179,4 @@ def compile_variant(variant: Variant, arch: int, driver: bool = False) -> Machin
         left_operand=left_operand(matrix),
         loop_instructions=len(turn) if turn else None,
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
-        driver_registers=loaded[0],
-        driver_spills=loaded[1],
     )

@@ -95,9 +95,9 @@ def backend_of(device: torch.device) -> ModuleType:
     if backend == "reference":
         return reference
     if backend == "cuda":
-        from .kernels import cuda
+        from ..kernels import cuda
 
         return cuda
-    from . import kernels
+    from .. import kernels
 
     return kernels

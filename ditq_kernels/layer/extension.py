@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from .formats import WeightFormat
+from .packed_weight import PackedWeight
 
-LIBRARY = Path(__file__).with_name("_C.abi3.so")
+LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"  # where setup.py leaves it
 BUILD_IT = (
     "with nvcc on PATH, install torch, setuptools and nvidia-cutlass==4.2.0.0 (--no-deps), then "
     "DITQ_BUILD_CUDA=1 pip install --no-build-isolation -e ."
@@ -178,44 +179,37 @@ def _multiprocessors(index: int) -> int:
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     out_dtype: torch.dtype,
     tile: int | None = None,
 ) -> torch.Tensor:
-    """``qx`` int8 [M, K] times ``qweight`` int8 [N, K] transposed, to [M, N] in ``out_dtype``:
-    ``acc * sx * scale + bias`` in fp32 and in this order. ``sx`` fp32 [M], ``scale`` fp32 [N], ``bias`` any float [N];
-    ``group_code`` is None. ``tile`` is a place in :data:`TILES`; None chooses one.
+    """``qx`` int8 [M, K] times int8 [N, K] transposed, to [M, N] in ``out_dtype``: ``acc * sx * scale + bias`` in fp32
+    and in this order. ``sx`` fp32 [M], ``bias`` any float [N]. ``tile`` is a place in :data:`TILES`; None chooses one.
 
     Raises:
         ImportError: if the extension is not there.
         ValueError: if the format is not int8 with one scale per output.
         RuntimeError: if an operand or the device is not as :func:`why_unsupported_a8` wants it.
     """
-    if fmt.bits != 8 or fmt.group is not None:
-        raise ValueError(why_unsupported_a8(0, 0, 0, fmt, out_dtype, INT8_CAPABILITY))
+    if weight.fmt.bits != 8 or weight.fmt.group is not None:
+        raise ValueError(why_unsupported_a8(0, 0, 0, weight.fmt, out_dtype, INT8_CAPABILITY))
     load()
     if tile is None:
         known = qx.device.type == "cuda" and torch.cuda.is_available()
         multiprocessors = _multiprocessors(qx.get_device()) if known else H100_MULTIPROCESSORS
-        tile = choose_tile(qx.shape[0], qweight.shape[0], qx.shape[1], multiprocessors)
-    return torch.ops.ditq_cuda.int8_product(qx.contiguous(), sx, qweight, scale, bias, out_dtype, tile)
+        tile = choose_tile(qx.shape[0], weight.out_features, weight.in_features, multiprocessors)
+    return torch.ops.ditq_cuda.int8_product(qx.contiguous(), sx, weight.qweight, weight.scale, bias, out_dtype, tile)
 
 
 def linear_a16(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
-    fmt: WeightFormat,
     silu: bool = False,
 ) -> torch.Tensor:
     """``x`` [M, K], M up to 16, or SiLU of it rounded to its dtype, to [M, N] in ``x.dtype``. Rows of ``x`` may lie
-    apart; the weight is as :mod:`.packing` stores it.
+    apart.
 
     Raises:
         ImportError: if the extension is not there.
@@ -223,4 +217,5 @@ def linear_a16(
     """
     load()
     rows = x if x.stride(1) == 1 else x.contiguous()
+    qweight, scale, group_code, fmt, _ = weight
     return torch.ops.ditq_cuda.small_product(rows, qweight, scale, group_code, bias, fmt.bits, fmt.group or 0, silu)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from .config import SHARED_MEMORY
-from .machine_code import MACS_PER_CLOCK, MachineCode, Variant, compile_variant
+from ..kernels.config import SHARED_MEMORY
+from .compilation import Variant, compile_variant, load
+from .machine_code import MACS_PER_CLOCK, MachineCode, read
 from .shipped import variants
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -65,9 +66,17 @@ def _not_compiled(variant: Variant, arch: int, reason: str) -> Finding:
 
 
 def inspect_variant(variant: Variant, arch: int, driver: bool = False) -> Finding:
-    """Compile one form for ``arch`` and judge it; ``driver``: see :func:`.machine_code.compile_variant`."""
+    """Compile one form for ``arch``, read it and judge it.
+
+    Args:
+        driver: load it on the current GPU, which is of ``arch``, as well.
+    """
     try:
-        code = compile_variant(variant, arch, driver)
+        compiled = compile_variant(variant, arch)
+        code = read(variant, arch, compiled)
+        if driver:
+            registers, spills = load(compiled)
+            code = dataclasses.replace(code, driver_registers=registers, driver_spills=spills)
     except Exception as error:  # a compiler's, the disassembler's or the driver's: the finding says so
         said = " ".join(str(error).split())[-300:]  # Triton's begin with the kernel's source
         return _not_compiled(variant, arch, f"{type(error).__name__}: {said}")

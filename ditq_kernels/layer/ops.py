@@ -14,6 +14,7 @@ import torch
 from .backend import backend_of
 from .errors import UnsupportedError
 from .formats import WEIGHT_FORMATS, WeightFormat
+from .packed_weight import PackedWeight
 from .packing import LAYOUTS
 
 GELU_FORMS = ("none", "tanh")  # as torch.nn.functional.gelu names them
@@ -47,17 +48,15 @@ def _expected_parts(
     return parts
 
 
-def _check_weight(
+def _checked_weight(
     in_features: int,
     device: torch.device,
     qweight: torch.Tensor,
     scale: torch.Tensor,
     group_code: torch.Tensor | None,
     weight_format: str,
-) -> WeightFormat:
-    """The format of a stored weight whose parts fit each other, the input's width and its device; ValueError
-    otherwise.
-    """
+) -> PackedWeight:
+    """The stored weight, whose parts fit each other, the input's width and its device; ValueError otherwise."""
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
     fmt = WEIGHT_FORMATS[weight_format]
@@ -72,7 +71,7 @@ def _check_weight(
             )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
-    return fmt
+    return PackedWeight(*parts, fmt, in_features)
 
 
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,23 +112,23 @@ def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
-    fmt = _check_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
-    if out_dtype == torch.int32 and fmt.promoted:
+    weight = _checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
+    if out_dtype == torch.int32 and weight.fmt.promoted:
         raise UnsupportedError(
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
             "ask for a floating-point dtype"
         )
-    return backend_of(qx.device).linear_a8(qx, sx, qweight, scale, group_code, bias, fmt, out_dtype)
+    return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
-    fmt = _check_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
-    return backend_of(x.device).linear_a16(x, qweight, scale, group_code, bias, fmt, silu)
+    weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
+    return backend_of(x.device).linear_a16(x, weight, bias, silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
-    fmt = _check_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
-    return backend_of(grad.device).grad_input(grad, qweight, scale, group_code, fmt, in_features)
+    weight = _checked_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
+    return backend_of(grad.device).grad_input(grad, weight)
 
 
 def _norm_modulate_fake(x, weight, bias, shift, scale, eps):
@@ -228,9 +227,9 @@ def quantized_linear(
     """``x`` [..., K] times a packed weight, to [..., N] in ``x.dtype``; differentiable in ``x`` and ``bias``.
 
     Args:
-        qweight, scale, group_code: the stored weight, as :mod:`ditq_kernels.packing` lays it out.
+        qweight, scale, group_code: the stored weight, as :mod:`ditq_kernels.layer.packing` lays it out.
         bias: [N], any float dtype; added in fp32.
-        weight_format: a key of :data:`ditq_kernels.formats.WEIGHT_FORMATS`.
+        weight_format: a key of :data:`ditq_kernels.layer.formats.WEIGHT_FORMATS`.
         quantizes_input: whether the input is rounded to int8 first.
         amax: fp32 [1], the calibrated reach of the input; None finds one per row.
 

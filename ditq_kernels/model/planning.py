@@ -6,18 +6,17 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..layer.formats import Scheme
 from .budget import Option, allocate, alternatives, rounding_error
-from .formats import Scheme
 from .observation import linear_layers
-from .packing import LAYOUTS
+from .plan_entry import PlanEntry
 from .plan_table import plan_table
 from .recipes import recipe_for
 
@@ -25,43 +24,6 @@ if TYPE_CHECKING:
     from .calibration import Calibration
 
 BY_HAND = "set by hand"
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One linear layer of a plan.
-
-    Attributes:
-        name: of the module in the model.
-        scheme: the name of its scheme, or None: it stays in 16 bits.
-        reason: why.
-        in_features, out_features: K and N.
-        fixed: whether no scheme can be given to it; ``reason`` then says what stands against it.
-    """
-
-    name: str
-    scheme: str | None
-    reason: str
-    in_features: int
-    out_features: int
-    fixed: bool = False
-
-    @property
-    def weights(self) -> int:
-        return self.in_features * self.out_features
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits that the weight takes once converted, scales and group parameters included; 16 each where it is kept."""
-        if self.scheme is None:
-            return 16 * self.weights
-        fmt = Scheme.parse(self.scheme).weight
-        layout = LAYOUTS[fmt.layout]
-        stored = layout.columns(self.in_features) * self.out_features * layout.dtype.itemsize
-        stored += 4 * prod(fmt.scale_shape(self.out_features, self.in_features))
-        if fmt.two_level:
-            stored += fmt.group_count(self.in_features) * self.out_features
-        return 8 * stored
 
 
 class Plan:
@@ -186,10 +148,12 @@ def plan(
     calibration: Calibration | None = None,
     errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Plan:
-    """What :func:`ditq_kernels.conversion.quantize` would do to ``model``, by its class's recipe or the general one.
+    """What :func:`ditq_kernels.model.conversion.quantize` would do to ``model``, by its class's recipe or the general
+    one.
 
-    With a budget, each layer that the recipe quantizes gets, of the weight formats :data:`ditq_kernels.budget.WEIGHTS`,
-    the one that makes the sum of the layers' errors least; its activations are those of ``scheme``.
+    With a budget, each layer that the recipe quantizes gets, of the weight formats
+    :data:`ditq_kernels.model.budget.WEIGHTS`, the one that makes the sum of the layers' errors least; its activations
+    are those of ``scheme``.
 
     Args:
         budget_bits: stored bits per weight, scales included, over the layers quantized.

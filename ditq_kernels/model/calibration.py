@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import written_whole
 from .observation import Observer, count_calls, linear_layers, observe_calls
 
 FORMAT = "ditq-calibration"
@@ -75,7 +75,6 @@ class Calibration:
         """Write a safetensors file; a file already there is replaced at once, or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
         stored: dict[int, str] = {}
         tensors, moment_of = {}, {}
         for name, moment in self.moments.items():
@@ -100,12 +99,8 @@ class Calibration:
             "calibration": json.dumps(record),
             "moments": json.dumps(moment_of),
         }
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        with written_whole(path) as unfinished:
             save_file(tensors, unfinished, metadata=header)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

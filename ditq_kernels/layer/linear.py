@@ -9,6 +9,7 @@ from torch import nn
 
 from . import ops, reference
 from .formats import Scheme
+from .packed_weight import PackedWeight
 from .packing import LAYOUTS, pack_groups
 from .quantizer import DEFAULT_ZERO_POINT, quantize_weight
 
@@ -84,7 +85,7 @@ class QuantLinear(nn.Linear):
             scheme: a :class:`Scheme` or its name.
             input_amax: the calibrated largest input magnitude, needed by static schemes.
             input_moment: fp32 [K, K], the sum of ``x x^T`` over observed tokens; rounds with error compensation.
-            clip, zero_point: see :func:`ditq_kernels.quantizer.quantize_weight`.
+            clip, zero_point: see :func:`ditq_kernels.layer.quantizer.quantize_weight`.
 
         Raises:
             TypeError: if ``linear`` is not an ``nn.Linear``, or is quantized already.
@@ -146,9 +147,14 @@ class QuantLinear(nn.Linear):
             amax=self.input_amax,
         )
 
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The stored weight in one value, as backends are given it."""
+        return PackedWeight(self.qweight, self.scale, self.group_code, self.scheme.weight, self.in_features)
+
     def dequantized_weight(self) -> torch.Tensor:
         """fp32 [N, K]: exactly the values that the kernels multiply by."""
-        return reference.dequantize(self.qweight, self.scale, self.group_code, self.scheme.weight, self.in_features)
+        return reference.dequantize(self.packed_weight)
 
     @property
     def weight(self) -> torch.Tensor:

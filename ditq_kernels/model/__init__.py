@@ -1,0 +1,1 @@
+"""A whole model: watched, calibrated, planned, smoothed and converted."""
