@@ -22,10 +22,10 @@ from ditq_kernels.benchmark.cases import Case
 from ditq_kernels.benchmark.checks import Check, check_product
 from ditq_kernels.benchmark.contenders import DTYPE, Inputs
 from ditq_kernels.benchmark.tune import Task, operands_of, oracle_of, problem_of, product_with
-from ditq_kernels.error_budget import capability_of, product_oracle, silu_operand
 from ditq_kernels.kernels.config import GRADIENT_TILE, arithmetic, candidates
 from ditq_kernels.kernels.dispatch import chosen
 from ditq_kernels.layer import reference
+from ditq_kernels.layer.error_budget import capability_of, product_oracle, silu_operand
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 # No side is a multiple of any tile's but the first K.

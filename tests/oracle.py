@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from ditq_kernels import error_budget
+from ditq_kernels.layer import error_budget
 
 # Shifts what every generator draws: the tests have to pass with any other inputs of the same kind.
 TEST_SEED = int(os.environ.get("DITQ_TEST_SEED", "0"))
@@ -58,7 +58,7 @@ def linear(out_features: int, in_features: int, device: torch.device, seed: int 
 
 
 def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> None:
-    """``actual`` is finite and nowhere further from ``exact`` than ``budget`` (:mod:`ditq_kernels.error_budget`)."""
+    """``actual`` is finite and nowhere further from ``exact`` than ``budget``, of :mod:`.layer.error_budget`."""
     assert actual.shape == exact.shape
     share = error_budget.worst_share(actual, exact, budget)
     assert share <= 1, f"the error is {share:.3g} times what is allowed"

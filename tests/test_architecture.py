@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # stand at the top level ("") each by itself, because kernels/ stands among them.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("files", "progress", "error_budget"),
-        ("layer/__init__", "layer/errors", "layer/formats"),
+        ("files", "progress"),
+        ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
         ("layer/packing", "layer/packed_weight"),
         ("layer/quantizer", "layer/reference", "layer/extension"),
         ("kernels",),
@@ -48,7 +48,25 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
     "checkpoint": (("__init__", "manifest"), ("store",)),
-    "inspect": (("__init__", "compilation"), ("shipped", "machine_code"), ("inspection",), ("command",)),
+    "inspect": (
+        ("__init__", "compilation", "executor"),
+        ("shipped", "machine_code", "cases"),
+        ("inspection", "execution"),
+        ("command",),
+    ),
+    "inspect/executor": (
+        ("__init__", "syntax", "faults"),
+        ("parser", "operands", "clocks", "global_memory", "tensor_core"),
+        ("floats", "bits", "memory_access", "copies", "threads", "shared_memory", "mbarriers"),
+        ("integers", "conversions", "matrices"),
+        ("wgmma",),
+        ("opcodes",),
+        ("program",),
+        ("async_state", "thread_barriers"),
+        ("machine",),
+        ("driver",),
+    ),
+    "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes")),
     "integrations": (("__init__", "pictures", "diffusers"), ("sampling",), ("command",)),
     "analysis": (
         ("__init__", "statistics", "weights"),

@@ -47,7 +47,7 @@ from ditq_kernels.benchmark.run import (
 )
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
-from ditq_kernels.error_budget import product_oracle
+from ditq_kernels.layer.error_budget import product_oracle
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 from ditq_kernels.layer.packed_weight import PackedWeight
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from oracle import activations, generator, linear
 
 from ditq_kernels import QuantLinear
-from ditq_kernels.error_budget import (
+from ditq_kernels.kernels.config import CONFIGS, GRADIENT_TILE, arithmetic
+from ditq_kernels.layer.error_budget import (
     MATRIX_UNITS,
     PLAIN,
     Arithmetic,
@@ -16,7 +17,6 @@ from ditq_kernels.error_budget import (
     silu_operand,
     worst_share,
 )
-from ditq_kernels.kernels.config import CONFIGS, GRADIENT_TILE, arithmetic
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

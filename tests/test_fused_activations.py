@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from oracle import activations, assert_within_budget, generator
 
-from ditq_kernels import UnsupportedError, error_budget, kernels
+from ditq_kernels import UnsupportedError, kernels
 from ditq_kernels.kernels import activation
 from ditq_kernels.kernels import config as kernel_config
-from ditq_kernels.layer import ops, reference
+from ditq_kernels.layer import error_budget, ops, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,9 +5,9 @@ import torch
 from oracle import SHAPES, activations, assert_product, linear
 
 from ditq_kernels import SCHEMES, QuantLinear, kernels
-from ditq_kernels.error_budget import PLAIN
 from ditq_kernels.kernels import activation, config, dispatch
 from ditq_kernels.layer import reference
+from ditq_kernels.layer.error_budget import PLAIN
 from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

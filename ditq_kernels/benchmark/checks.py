@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..error_budget import worst_share, worst_share_of_codes
 from ..layer import reference
+from ..layer.error_budget import worst_share, worst_share_of_codes
 
 CHECKED_ROWS = 512  # compared with the oracle; all others have to be finite
 # Largest ‖y - exact‖ / ‖exact‖ against a product of the unrounded operands, of Gaussian data. A symmetric code of b
@@ -81,7 +81,7 @@ def check_product(
     """Compare ``y`` [M, N] on the rows ``picked`` with ``exact``, fp64 [rows, N].
 
     Args:
-        budget: what each element may be off by, fp64 [rows, N] (:mod:`ditq_kernels.error_budget`); read if ``allowed``
+        budget: what each element may be off by, fp64 [rows, N] (:mod:`..layer.error_budget`); read if ``allowed``
             is None.
         allowed: the largest ‖y - exact‖ / ‖exact‖, of operands that are not ours.
     """

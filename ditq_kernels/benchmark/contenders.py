@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ..error_budget import PLAIN, Arithmetic, capability_of, product_oracle
 from ..layer import reference
+from ..layer.error_budget import PLAIN, Arithmetic, capability_of, product_oracle
 from ..layer.formats import RECOMMENDED, WEIGHT_FORMATS, Scheme, WeightFormat
 from ..layer.linear import QuantLinear
 from ..layer.packed_weight import PackedWeight

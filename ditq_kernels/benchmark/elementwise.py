@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..error_budget import gelu_error, norm_budget, norm_error
+from ..layer.error_budget import gelu_error, norm_budget, norm_error
 from .cases import Case
 from .checks import Check, check_codes, check_product, checked_rows, poisoned_memory
 from .contenders import DTYPE

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..error_budget import Arithmetic
+from ..layer.error_budget import Arithmetic
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from ..layer.packed_weight import PackedWeight
 from .cases import TARGET_SHAPES, Case

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..error_budget import PLAIN, Arithmetic
+from ..layer.error_budget import PLAIN, Arithmetic
 from ..layer.formats import WeightFormat
 from ..layer.packing import HALF_BLOCK
 
