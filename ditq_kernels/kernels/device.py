@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +29,30 @@ class Device:
 
 
 _NOTHING_TO_DO = contextlib.nullcontext()
+# What a CPU passes for: where kernels are interpreted, a device of the smallest supported capability.
+_CPU = Device("CPU", min(SHARED_MEMORY), INTERPRETED_MULTIPROCESSORS)
+_cpu: contextvars.ContextVar[Device] = contextvars.ContextVar("ditq_cpu", default=_CPU)
+
+
+@contextlib.contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """Within the ``with`` block the CPU passes for ``device``: how kernels compiled for a GPU are chosen without it."""
+    token = _cpu.set(device)
+    try:
+        yield
+    finally:
+        _cpu.reset(token)
 
 
 @functools.cache
-def describe(device: torch.device) -> Device:
-    """The CUDA device; of a CPU, where kernels are interpreted, one of the smallest supported capability."""
-    if device.type != "cuda":
-        return Device("CPU", min(SHARED_MEMORY), INTERPRETED_MULTIPROCESSORS)
+def _describe_cuda(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     return Device(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def describe(device: torch.device) -> Device:
+    """The CUDA device, or what the CPU passes for."""
+    return _describe_cuda(device) if device.type == "cuda" else _cpu.get()
 
 
 def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -1,0 +1,1 @@
+"""What compiled kernels are asked to compute when they are executed, and what is right."""

@@ -1,0 +1,164 @@
+"""Products: every form that the choice of a configuration may return, on ragged and on even shapes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from ...kernels import dispatch
+from ...kernels.config import CONFIGS, ROW_CLASSES, Config, Problem, arithmetic, is_valid
+from ...layer import error_budget, reference
+from ...layer.formats import WEIGHT_FORMATS, WeightFormat
+from .case import SHORT, Case, case_of, equal, within_budget
+from .inputs import activations, stored, with_powers_of_two
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+EVEN_INPUTS, RAGGED_INPUTS = 256, 720  # fewer blocks than a pipeline is deep, and more; a ragged last one
+IDENTITY_INPUTS = 320
+MULTIPROCESSORS = 2  # few, so that persistent programs loop
+# What stands for one output dtype: with a bias, and without.
+A8_OUTPUTS = ((BF16, True), (FP16, False), (FP32, True), (torch.int32, False))
+A16_INPUTS = ((BF16, True), (FP16, False), (FP32, True))
+# The tile of a dense product does not know the format that its operand was expanded from: every format meets the first
+# tile, and one of each kind all of them.
+EXPANDED_WITH_EVERY_TILE = ("w8_g32", "w4_g128")
+
+
+def selectable(fmt: WeightFormat, activation_bytes: int, arch: int) -> list[Config]:
+    """Every configuration but the extension's that is valid for some rows and inputs, in the table's order."""
+    found = []
+    for route in CONFIGS.values():
+        for config in route:
+            problems = (
+                Problem(rows, EVEN_INPUTS, inputs, activation_bytes, fmt, arch, MULTIPROCESSORS)
+                for rows, inputs in itertools.product(ROW_CLASSES, (EVEN_INPUTS, RAGGED_INPUTS))
+            )
+            if config.route != "cuda" and any(is_valid(config, problem) for problem in problems):
+                found.append(config)
+    return found
+
+
+def ragged_shape(config: Config, number: int) -> tuple[int, int, int]:
+    """(M, N, K): beyond one tile on one side, in turn by ``number``, of persistent programs on both; no side even."""
+    if config.route == "small":
+        return config.block_m, 5 * config.block_n + 1, RAGGED_INPUTS
+    height, width = config.block_m or 17, config.block_n or 64
+    if config.descriptors:
+        return height + 2, width + 24, RAGGED_INPUTS
+    return (height + 2, width - 8, RAGGED_INPUTS) if number % 2 else (height - 3, width + 24, RAGGED_INPUTS)
+
+
+def even_shape(config: Config) -> tuple[int, int, int]:
+    """(M, N, K): one tile, whose last rows are not there."""
+    if config.route == "small":
+        return max(1, config.block_m - 1), 2 * config.block_n, EVEN_INPUTS
+    return max(1, (config.block_m or 17) - 3), config.block_n or 64, EVEN_INPUTS
+
+
+def product_a8(fmt: WeightFormat, shape: tuple[int, int, int], config: Config | None, out: torch.dtype, biased: bool):
+    """Codes of int8 activations: exact sums, and roundings in a fixed order behind them."""
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features)
+    bias = bias.to(out) if biased else None
+    qx, sx = reference.quantize_activation(activations(rows, in_features, FP32))
+    y = dispatch.linear_a8(qx, sx, weight, bias, out, config)
+    expected = reference.linear_a8(qx, sx, weight, bias, out)
+    return equal(y, expected, SHORT[out])
+
+
+def product_a16(
+    fmt: WeightFormat,
+    shape: tuple[int, int, int],
+    config: Config | None,
+    dtype: torch.dtype,
+    biased: bool,
+    arch: int,
+    silu: bool = False,
+):
+    """Activations in their own dtype: within the error budget of what the route does to numbers."""
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features)
+    bias = bias.to(dtype) if biased else None
+    x = activations(rows, in_features, dtype)
+    y = dispatch.linear_a16(x, weight, bias, silu, config)
+    config = config or dispatch.chosen(x, out_features, fmt, dtype)
+    does = arithmetic(config, x.element_size())
+    entering, error = error_budget.silu_operand(x) if silu else (x, None)
+    w = reference.dequantize(weight)
+    return within_budget(y, error_budget.product_oracle(entering, w, bias, dtype, does, arch, error), SHORT[dtype])
+
+
+def identity(fmt: WeightFormat, config: Config, kind: torch.dtype):
+    """One-hot rows: the product is the weight itself."""
+    weight = with_powers_of_two(stored(fmt, 72, IDENTITY_INPUTS)[0])
+    expected = reference.dequantize(weight).T
+    eye = torch.eye(IDENTITY_INPUTS, dtype=kind)
+    if kind == torch.int8:
+        return equal(dispatch.linear_a8(eye, torch.ones(len(eye)), weight, None, FP32, config), expected, "weight")
+    return equal(dispatch.linear_a16(eye, weight, None, False, config).float(), expected, "weight")
+
+
+def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
+    for activation_bytes in (1, 2, 4):
+        for number, config in enumerate(selectable(fmt, activation_bytes, arch)):
+            first = config == selectable_of_route(fmt, activation_bytes, arch, config.route)[0]
+            if config.route != "expanded" or not config.block_m or first or fmt.name in EXPANDED_WITH_EVERY_TILE:
+                yield from _of_config(fmt, activation_bytes, config, number, first, arch)
+
+
+def _of_config(
+    fmt: WeightFormat, activation_bytes: int, config: Config, number: int, first: bool, arch: int
+) -> Iterator[Case]:
+    """Every dtype on an even shape, one of them in turn on a ragged one; ``first``: of its route."""
+    if activation_bytes == 1:
+        kinds = [kind for kind in A8_OUTPUTS if kind[0] != torch.int32 or not fmt.promoted]
+    else:
+        kinds = [kind for kind in A16_INPUTS if kind[0].itemsize == activation_bytes]
+    ragged = kinds[number % len(kinds)]
+    for shape, (dtype, biased) in [(even_shape(config), kind) for kind in kinds] + [
+        (ragged_shape(config, number), ragged)
+    ]:
+        quick = first and shape[2] == RAGGED_INPUTS
+        if activation_bytes == 1:
+            name = f"{fmt.name} x i8 to {SHORT[dtype]} {config} {shape}"
+            yield case_of(config.route, name, product_a8, fmt, shape, config, dtype, biased, quick=quick)
+        else:
+            name, arguments = f"{fmt.name} x {SHORT[dtype]} {config} {shape}", (fmt, shape, config, dtype, biased, arch)
+            yield case_of(config.route, name, product_a16, *arguments, quick=quick)
+    entering = {1: torch.int8, 2: BF16, 4: FP32}[activation_bytes]
+    label = f"{fmt.name} x {SHORT[entering]}"
+    if activation_bytes > 1 and config.route in dispatch.LOADS_WITH_SILU:
+        arguments = fmt, even_shape(config), config, entering, True, arch, True
+        yield case_of(config.route, f"{label} silu {config}", product_a16, *arguments)
+    if config.route == "in_loop":
+        yield case_of("in_loop", f"{label} identity {config}", identity, fmt, config, entering)
+    if config.route == "small":
+        arguments = fmt, (config.block_m, 13, 130), config, entering, True, arch
+        yield case_of("small", f"{label} {config} K=130", product_a16, *arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def selectable_of_route(fmt: WeightFormat, activation_bytes: int, arch: int, route: str) -> tuple[Config, ...]:
+    """The part of :func:`selectable` that belongs to one route."""
+    return tuple(config for config in selectable(fmt, activation_bytes, arch) if config.route == route)
+
+
+def _chosen(fmt: WeightFormat, arch: int) -> Iterator[Case]:
+    """By the configuration that the heuristic chooses."""
+    for shape in ((130, 200, RAGGED_INPUTS), (17, 64, EVEN_INPUTS), (1, 200, 130)):
+        for out, biased in A8_OUTPUTS[:3]:
+            name = f"{fmt.name} x i8 to {SHORT[out]} {shape}"
+            yield case_of("chosen", name, product_a8, fmt, shape, None, out, biased)
+        for dtype, biased in A16_INPUTS:
+            name = f"{fmt.name} x {SHORT[dtype]} {shape}"
+            yield case_of("chosen", name, product_a16, fmt, shape, None, dtype, biased, arch)
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Of all routes and formats."""
+    for fmt in WEIGHT_FORMATS.values():
+        yield from _of_format(fmt, arch)
+        yield from _chosen(fmt, arch)

@@ -1,0 +1,193 @@
+"""``ditq inspect --execute``: every form of every kernel computes on this CPU what a GPU would, and is judged.
+
+A process runs cases, for each of several architectures in turn: what compiles to the same instructions for one as for
+another, and is given the same data, is executed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.config import shared_memory
+from ..kernels.device import Device, standing_in
+from .cases import edges, passes, products
+from .cases.case import Case, Mismatch
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+QUICK_ARCHITECTURES = (80, 90)
+OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # arguments that kernels may write
+OK = "ok"
+VERDICTS = (OK, "MISMATCH", "FAULT", "REFUSED", "UNSUPPORTED", "ERROR")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case.
+
+    Attributes:
+        verdict: "ok"; "MISMATCH", a wrong result; "FAULT", what a GPU would fault on or should not be asked to do;
+            "REFUSED", by Triton; "UNSUPPORTED", an instruction that the executor does not know; "ERROR", any other.
+        said: how well the result agrees, or what is wrong.
+        seconds: of the case; ``launches``, ``steps``: kernels launched and PTX instructions issued for it.
+        executed: how many of the launches were executed here, and not before with the same instructions and data.
+    """
+
+    arch: int
+    family: str
+    name: str
+    verdict: str
+    said: str
+    seconds: float
+    launches: int
+    executed: int
+    steps: int
+
+
+def cases(arch: int, quick: bool = False, match: str = "") -> list[Case]:
+    """The cases of an architecture (10 * major + minor), or the quick choice of them; those whose name holds
+    ``match``.
+    """
+    every = [case for module in (passes, products, edges) for case in module.cases(arch)]
+    return [case for case in every if match in case.name and (case.quick or not quick)]
+
+
+def _verdict(case: Case) -> tuple[str, str]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    from .executor.faults import Fault, Unsupported
+
+    try:
+        return OK, case.compute()
+    except Mismatch as error:
+        return "MISMATCH", str(error)
+    except (CompilationError, OutOfResources) as error:
+        return "REFUSED", " ".join(str(error.__cause__ or error).split())[-200:]
+    except Fault as error:
+        return "FAULT", str(error)
+    except Unsupported as error:
+        return "UNSUPPORTED", str(error)
+    except Exception as error:  # one case must not end the others
+        return "ERROR", f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def run_case(case: Case, session) -> Outcome:
+    """Compute ``case`` on the ``session``'s architecture (:class:`.executor.driver.Session`), installed already."""
+    session.clear()
+    started = time.perf_counter()
+    with standing_in(Device("executed", session.arch, products.MULTIPROCESSORS)):
+        verdict, said = _verdict(case)
+    if verdict == OK:
+        for launch in session.launches:
+            for name, missing in launch.written.items():
+                if name not in OUTPUTS:
+                    verdict, said = "FAULT", f"writes to {name}"
+                elif missing:
+                    verdict, said = "FAULT", f"leaves {missing} bytes of {name} unwritten"
+            if launch.disagreements:
+                verdict, said = "FAULT", f"lanes disagree on a store to shared memory {launch.disagreements} times"
+    return Outcome(
+        session.arch,
+        case.family,
+        case.name,
+        verdict,
+        said,
+        time.perf_counter() - started,
+        len(session.launches),
+        sum(not launch.repeated for launch in session.launches),
+        sum(launch.steps for launch in session.launches),
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a process is to run: the cases whose place among all names is ``part`` modulo ``parts``."""
+
+    architectures: tuple[int, ...]
+    quick: bool
+    match: str
+    part: int
+    parts: int
+
+
+def run(request: Request) -> Iterator[Outcome]:
+    """The outcomes, case by case and for each architecture; compiles and executes in this process."""
+    from .executor import driver
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN or the largest
+    sessions = {arch: driver.Session(arch, shared_memory(arch)) for arch in request.architectures}
+    by_name: dict[str, list[tuple[int, Case]]] = {}
+    for arch in sessions:
+        for case in cases(arch, request.quick, request.match):
+            by_name.setdefault(case.name, []).append((arch, case))
+    with tempfile.TemporaryDirectory() as cache:
+        for name in list(by_name)[request.part :: request.parts]:
+            memory: dict = {}
+            for arch, case in by_name[name]:
+                sessions[arch].memory = memory
+                driver.install(sessions[arch], cache)
+                yield run_case(case, sessions[arch])
+
+
+def _run_part(request: Request, outcomes) -> None:
+    for outcome in run(request):
+        outcomes.put(outcome)
+
+
+def count(architectures: Sequence[int], quick: bool = False, match: str = "") -> int:
+    """How many outcomes :func:`execute` yields."""
+    return sum(len(cases(arch, quick, match)) for arch in architectures)
+
+
+def execute(
+    architectures: Sequence[int], quick: bool = False, match: str = "", workers: int | None = None
+) -> Iterator[Outcome]:
+    """Outcomes of all cases on ``architectures``, as they come, by ``workers`` processes (default: one a core)."""
+    workers = workers or os.cpu_count() or 1
+    environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
+    context = multiprocessing.get_context("spawn")
+    try:
+        with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+            outcomes = manager.Queue()
+            parts = 4 * workers  # several each, so that none is long idle at the end
+            requests = [Request(tuple(architectures), quick, match, part, parts) for part in range(parts)]
+            jobs = {pool.submit(_run_part, request, outcomes) for request in requests}
+            for job in as_completed(jobs):
+                job.result()
+                while not outcomes.empty():
+                    yield outcomes.get()
+    finally:
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+def line(outcome: Outcome) -> str:
+    """The outcome as a row of a table."""
+    return f"sm_{outcome.arch:<4}{outcome.verdict:12}{outcome.name}: {outcome.said} ({outcome.seconds:.1f} s)"
+
+
+def summary(outcomes: Iterable[Outcome]) -> list[str]:
+    """Lines: how many cases of each family and architecture got which verdict."""
+    table: dict[tuple[int, str], dict[str, int]] = {}
+    for outcome in outcomes:
+        row = table.setdefault((outcome.arch, outcome.family), {})
+        row[outcome.verdict] = row.get(outcome.verdict, 0) + 1
+    return [
+        f"sm_{arch:<4}{family:12}" + ", ".join(f"{row[verdict]} {verdict}" for verdict in VERDICTS if verdict in row)
+        for (arch, family), row in sorted(table.items())
+    ]
+
+
+def as_json(outcomes: Iterable[Outcome]) -> list[dict]:
+    return [dataclasses.asdict(outcome) for outcome in outcomes]

@@ -1,0 +1,198 @@
+"""Copies into shared memory that arrive later: cp.async, and by the tensor copy engine; and what they signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .faults import PARAMETER_BASE, UNSIGNED, Fault, Unsupported
+from .global_memory import Region
+from .operands import address_of, destination, opcode, source
+
+
+@dataclass
+class TensorMap:
+    """What a tensor descriptor says: a matrix [rows, columns] of unsigned elements, of which boxes are copied.
+
+    Attributes:
+        swizzle: 0 none, 1, 2, 3: over 32, 64, 128 bytes.
+    """
+
+    region: Region
+    matrix: np.ndarray
+    box: tuple[int, int]
+    swizzle: int
+
+
+@opcode("cp")
+def copy(instruction, kernel):
+    parts = instruction.parts
+    if parts[1:3] == ("async", "bulk"):
+        return tensor_copy(instruction, kernel)
+    if parts[2] == "commit_group":
+        return lambda m, mask: m.copies.commit(mask)
+    if parts[2] == "wait_all":
+        return lambda m, mask: m.copies.wait(None, mask)
+    if parts[2] == "wait_group":
+        newest = instruction.operands[0].bits
+        return lambda m, mask: m.copies.wait(newest, mask)
+    if parts[2] not in ("ca", "cg"):
+        raise Unsupported(instruction.text)
+    into, of, size, *rest = instruction.operands
+    width = size.bits
+    bytes_read = source(rest[0], "u32", kernel) if rest else lambda m: np.full(1, width, np.uint32)
+    into, of = address_of(into, "u32", kernel), address_of(of, "u64", kernel)
+
+    def run(m, mask):
+        lanes = m.chosen(mask)
+        if not lanes.size:
+            return
+        wanted = m.spread(bytes_read(m))[lanes]
+        if not np.isin(wanted, (0, width)).all():
+            raise Fault(f"a copy of {wanted.max()} of {width} bytes")
+        values = np.zeros(len(lanes), UNSIGNED[width])
+        real = wanted > 0
+        if real.any():
+            values[real] = m.memory.load(m.spread(of(m))[lanes][real], width)
+        m.copies.start(lanes, m.shared.index(m.spread(into(m))[lanes], width, lanes), width, values)
+
+    return run
+
+
+def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
+    """Byte addresses of 16-byte chunks as the copy engine and wgmma permute them; ``mode`` 1, 2, 3 for 32, 64, 128."""
+    return addresses ^ (((addresses >> 7) & ((1 << mode) - 1)) << 4) if mode else addresses
+
+
+def tensor_copy(instruction, kernel):
+    """cp.async.bulk.tensor.2d from global to shared memory."""
+    parts = instruction.parts
+    if parts[3:5] != ("tensor", "2d") or not parts[5].startswith("shared") or parts[6] != "global":
+        raise Unsupported(instruction.text)
+    if len(instruction.operands) != 3:
+        raise Unsupported(instruction.text)  # to several blocks of a cluster, or with a cache hint
+    into, tensor, signal = instruction.operands
+    into, signal = address_of(into, "u32", kernel), address_of(signal, "u32", kernel)
+    handle = source(tensor.base, "u64", kernel)
+    column, row = (source(o, "s32", kernel) for o in tensor.coordinates[0].parts)
+
+    def run(m, mask):
+        for lane in m.chosen(mask):
+            at = [int(m.spread(read(m))[lane]) for read in (into, signal, handle, column, row)]
+            _copy_box(m, int(lane), *at)
+
+    return run
+
+
+def _box(tensor, row, column):
+    """[rows, columns] of the matrix from a place on; zeros outside of it."""
+    rows, columns = tensor.box
+    box = np.zeros((rows, columns), tensor.matrix.dtype)
+    height, width = tensor.matrix.shape
+    top, left = max(row, 0), max(column, 0)
+    bottom, right = min(row + rows, height), min(column + columns, width)
+    if bottom > top and right > left:
+        box[top - row : bottom - row, left - column : right - column] = tensor.matrix[top:bottom, left:right]
+    return box
+
+
+def _copy_box(m, lane, into, signal, handle, column, row):
+    number = (handle - PARAMETER_BASE) // 256
+    parameters = m.program.kernel.parameters
+    tensor = m.parameters[parameters[number].name] if 0 <= number < len(parameters) else None
+    if not isinstance(tensor, TensorMap):
+        raise Fault("a tensor copy without a tensor map")
+    box = _box(tensor, row, column)
+    line = box.shape[1] * box.itemsize
+    if into % 128 or (tensor.swizzle and line > 16 << tensor.swizzle):
+        raise Fault(f"a tensor copy to {into:#x} of rows of {line} bytes")
+    addresses = swizzled(into + np.arange(0, box.shape[0] * line, 16), tensor.swizzle)
+    block = lane // m.threads
+    barrier = m.mbarriers.at(block, signal)
+    m.shared.touch(np.full(1, signal), 8, np.full(1, lane), "signals")
+    values = box.reshape(-1).view(UNSIGNED[16])
+    m.shared.copy_by_engine(addresses, values, lane, barrier.agent, barrier.next_step)
+    # It may be done at once: nobody can tell, since what it wrote is known to those only who have waited for it.
+    barrier.bytes_due -= box.nbytes
+    if barrier.settle():
+        m.phase_completed()
+
+
+@opcode("mbarrier")
+def mbarrier(instruction, kernel):
+    """init, inval, arrive (also with bytes to come) and try_wait or test_wait of a parity."""
+    parts, operands = instruction.parts, instruction.operands
+    action = parts[1]
+    if action == "init":
+        return _initialise(address_of(operands[0], "u32", kernel), operands[1].bits)
+    if action == "inval":
+        return _invalidate(address_of(operands[0], "u32", kernel))
+    if action == "arrive" and "noComplete" not in parts:
+        return _arrive(instruction, kernel)
+    if action in ("try_wait", "test_wait") and "parity" in parts:
+        return _wait(instruction, kernel)
+    raise Unsupported(instruction.text)
+
+
+def _initialise(where, count):
+    def run(m, mask):
+        at = m.spread(where(m))
+        for lane in m.chosen(mask):
+            lanes = np.full(1, lane)
+            m.shared.store(at[lanes], 8, np.zeros(1, np.uint64), lanes)
+            m.mbarriers.initialise(int(lane) // m.threads, int(at[lane]), count)
+
+    return run
+
+
+def _invalidate(where):
+    def run(m, mask):
+        at = m.spread(where(m))
+        for lane in m.chosen(mask):
+            lanes = np.full(1, lane)
+            m.shared.store(at[lanes], 8, np.zeros(1, np.uint64), lanes)
+            m.mbarriers.invalidate(int(lane) // m.threads, int(at[lane]))
+
+    return run
+
+
+def _arrive(instruction, kernel):
+    where = address_of(instruction.operands[1], "u32", kernel)
+    rest = [source(operand, "u32", kernel) for operand in instruction.operands[2:]]
+    expects = "expect_tx" in instruction.parts
+
+    def run(m, mask):
+        at = m.spread(where(m))
+        lanes = m.chosen(mask)
+        if not lanes.size:
+            return
+        m.shared.touch(at[lanes], 8, lanes, "arrives at")
+        number = int(m.spread(rest[0](m))[lanes[0]]) if rest else 0
+        count, due = (1, number) if expects else (number or 1, 0)
+        for lane in lanes:
+            if m.mbarriers.arrive(int(lane) // m.threads, int(at[lane]), int(m.row_of_lane[lane]), count, due):
+                m.phase_completed()
+
+    return run
+
+
+def _wait(instruction, kernel):
+    keep = destination(instruction.operands[0], kernel)
+    where, parity = address_of(instruction.operands[1], "u32", kernel), source(instruction.operands[2], "u32", kernel)
+
+    def run(m, mask):
+        lanes = m.chosen(mask)
+        at, wanted = m.spread(where(m)), m.spread(parity(m)) & np.uint32(1)
+        m.shared.touch(at[lanes], 8, lanes, "waits at")
+        done = np.zeros(m.lanes, np.bool_)
+        for block in np.unique(m.cta_of_lane[lanes]):
+            here = lanes[m.cta_of_lane[lanes] == block]
+            for address, phase in sorted({(int(at[lane]), int(wanted[lane])) for lane in here}):
+                which = here[(at[here] == address) & (wanted[here] == phase)]
+                if m.mbarriers.wait(int(block), address, phase, np.unique(m.row_of_lane[which])):
+                    done[which] = True
+        m.waited(lanes, done[lanes])
+        keep(m, done, mask)
+
+    return run

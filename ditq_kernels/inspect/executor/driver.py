@@ -1,0 +1,253 @@
+"""A driver for Triton that runs compiled kernels on this CPU: ``kernel[grid](...)`` on CPU tensors specialises,
+compiles and launches as for a GPU of any architecture, and what is launched is the PTX.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver as active_driver
+
+from . import tensor_core
+from .copies import TensorMap
+from .faults import UNSIGNED, Unsupported
+from .global_memory import GlobalMemory, Region
+from .machine import Machine
+from .parser import parse
+from .program import Program, translate
+
+_TARGET = re.compile(r"^\.(?:target|version).*$", re.M)
+MULTIPROCESSORS = 3  # few, so that persistent programs loop
+PLAIN = {"i1": np.int8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "fp32": np.float32}
+PLAIN |= {f"u{bits}": kind for bits, kind in ((8, np.uint8), (16, np.uint16), (32, np.uint32), (64, np.uint64))}
+
+
+@dataclass
+class Launch:
+    """One launch, for the record.
+
+    Attributes:
+        steps: PTX instructions issued, of all threads together.
+        written: arguments that were written, and how many bytes of each were not.
+        disagreements: lanes of one warp that lost a store to one shared address to another value.
+        text: the PTX.
+        repeated: whether its results were taken from a launch of the same instructions on the same data.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    seconds: float
+    steps: int
+    written: dict[str, int]
+    disagreements: int
+    text: str
+    repeated: bool = False
+
+
+@dataclass
+class Session:
+    """Settings of a driver, and what was launched since :meth:`clear`.
+
+    Attributes:
+        arch: 10 * major + minor.
+        shared_limit: bytes of shared memory of one block.
+        wobble, truncates, lanes: see :class:`.machine.Machine`.
+        change: of the PTX before it is executed; None leaves it.
+        memory: results of launches by their instructions and data, which need not be executed again; None keeps none.
+    """
+
+    arch: int
+    shared_limit: int
+    wobble: int = 0
+    truncates: bool = True
+    lanes: int = 4096
+    change: Callable[[str], str] | None = None
+    memory: dict | None = None
+    launches: list[Launch] = field(default_factory=list)
+    executed: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def clear(self) -> None:
+        self.launches, self.executed = [], collections.Counter()
+
+
+@functools.lru_cache(maxsize=64)
+def program_of(text: str) -> Program:
+    """Of PTX."""
+    return translate(parse(text))
+
+
+class Launcher:
+    """What Triton calls with the grid and the arguments of a compiled kernel."""
+
+    def __init__(self, session: Session, source, metadata) -> None:
+        self.session, self.metadata = session, metadata
+        self.signature = dict(source.signature)
+        self.descriptors = getattr(metadata, "tensordesc_meta", None)
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+        session, metadata = self.session, self.metadata
+        text = function.decode()
+        program = program_of(session.change(text) if session.change else text)
+        regions, values = [], []
+        described = iter(self.descriptors or [])
+        for (name, kind), argument in zip(self.signature.items(), arguments, strict=True):
+            if kind != "constexpr":
+                values += self._parameter(name, kind, argument, regions, described)
+        kernel = program.kernel
+        values += [np.zeros(1, np.uint64)] * (len(kernel.parameters) - len(values))  # scratch memory, of which none
+        for parameter, value in zip(kernel.parameters, values, strict=True):
+            if isinstance(value, np.ndarray) and value.nbytes != parameter.size:
+                raise TypeError(f"{parameter} is given {value.nbytes} bytes")
+        if metadata.num_ctas != 1:
+            raise Unsupported("clusters of thread blocks")
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
+            raise Unsupported("scratch in global memory")
+        key = self._key(text, (x, y, z), regions, values) if session.memory is not None else None
+        if key is not None and key in session.memory:
+            launch, results = session.memory[key]
+            for region in regions:
+                if region.name in results:
+                    region.restore(results[region.name])
+            session.launches.append(dataclasses.replace(launch, repeated=True, seconds=0.0, steps=0))
+            return
+        machine = Machine(
+            program,
+            {parameter.name: value for parameter, value in zip(kernel.parameters, values, strict=True)},
+            (x, y, z),
+            kernel.threads,
+            metadata.shared,
+            GlobalMemory(regions),
+            session.wobble,
+            tensor_core.unit_of(session.arch) if session.truncates else None,
+            session.lanes,
+        )
+        started = time.perf_counter()
+        machine.launch()
+        seconds = time.perf_counter() - started
+        written = {region.name: region.unwritten() for region in regions if region.written is not None}
+        launch = Launch(
+            kernel.name, (x, y, z), kernel.threads, seconds, machine.steps, written, machine.disagreements, text
+        )
+        session.launches.append(launch)
+        session.executed.update(machine.executed)
+        if key is not None:
+            session.memory[key] = (
+                launch,
+                {region.name: region.saved() for region in regions if region.written is not None},
+            )
+
+    def _key(self, text, grid, regions, values):
+        """Of the instructions, whatever architecture they are for, and all that they are given."""
+        digest = hashlib.sha256(_TARGET.sub("", text).encode())
+        digest.update(repr((grid, self.metadata.shared, tensor_core.unit_of(self.session.arch))).encode())
+        for region in regions:
+            digest.update(f"{region.name} {region.size} {region.first % 16}".encode())
+            digest.update(region.saved())
+        addresses = {region.first for region in regions}
+        for value in values:
+            plain = isinstance(value, np.ndarray) and not (
+                value.nbytes == 8 and int(value.view(np.int64)[0]) in addresses
+            )
+            digest.update(value.tobytes() if plain else b"address")
+        return digest.digest()
+
+    def _parameter(self, name, kind, argument, regions, described):
+        if isinstance(argument, torch.Tensor):
+            regions.append(Region(name, argument))
+            return [np.array([argument.data_ptr()], np.uint64)]
+        if kind.startswith("tensordesc"):
+            return self._descriptor(name, argument, regions, next(described))
+        return [np.array([argument], PLAIN[kind])]
+
+    def _descriptor(self, name, argument, regions, meta):
+        """A tensor map, then what the driver passes beside it: shape and strides."""
+        base = argument.base
+        shape, strides = list(argument.shape), list(argument.strides)
+        item = base.element_size()
+        if base.data_ptr() % 16 or strides[0] * item % 16 or strides[1] != 1:
+            raise ValueError(f"the tensor map of {name} is not aligned to 16 bytes")
+        if any(extent > 256 for extent in meta["block_size"]) or meta["elem_size"] != item:
+            raise ValueError(f"the tensor map of {name}: {meta}")
+        region = Region(name, torch.as_strided(base, shape, strides))
+        regions.append(region)
+        elements = region.views[item][(region.first - region.start) // item :]
+        matrix = np.lib.stride_tricks.as_strided(elements, shape, [strides[0] * item, item], writeable=False)
+        tensor = TensorMap(region, matrix.view(UNSIGNED[item]), tuple(meta["block_size"]), meta["swizzle"])
+        numbers = [np.array([extent], np.int32) for extent in shape] + [np.array([s], np.int64) for s in strides]
+        return [tensor, *numbers]
+
+
+class _Utilities:
+    """The driver's own functions, as far as Triton asks."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def load_binary(self, name, binary, shared, device):
+        return None, binary, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return dict(
+            max_shared_mem=self.session.shared_limit,
+            multiprocessor_count=MULTIPROCESSORS,
+            warpSize=32,
+            max_num_regs=65536,
+        )
+
+
+class PtxDriver:
+    """A GPU of the session's architecture, as Triton's runtime sees it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.utils = _Utilities(session)
+        self.launcher_cls = functools.partial(Launcher, session)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.session.arch, 32)
+
+    def get_current_device(self):
+        return self.session.arch  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+
+def _keep_ptx(self, text, metadata, options, capability):
+    """Instead of assembling it."""
+    return text.encode()
+
+
+def install(session: Session, cache: str) -> None:
+    """From now on Triton compiles for ``session.arch`` in this process, and launches here.
+
+    Args:
+        cache: a directory for what is compiled, shared with nothing else: its "binaries" are PTX.
+
+    Raises:
+        RuntimeError: if kernels were defined for the interpreter.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
+    CUDABackend.make_cubin = _keep_ptx
+    triton.knobs.cache.dir = cache
+    active_driver.set_active(PtxDriver(session))

@@ -1,0 +1,137 @@
+"""Arithmetic of floating-point numbers: IEEE with one rounding; approximate functions rounded correctly, or off at
+random where the machine wobbles.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .faults import Unsupported
+from .operands import DTYPE, destination, elementwise, opcode, sources
+
+TINY = np.float32(2.0**-126)
+
+
+def flush(x):
+    """Subnormal numbers to zeros of their sign."""
+    return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
+
+
+def to_bf16(x):
+    """fp32 to the bits of bf16, ties to even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def from_bf16(bits):
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def fused_multiply_add(a, b, c):
+    """fp32, rounded once: through fp64, in which the product is exact, with the sum's rounding mended where it lands
+    on a tie of fp32 that it is not.
+    """
+    product = a.astype(np.float64) * b
+    c = c.astype(np.float64)
+    total = product + c
+    tie = (np.atleast_1d(total).view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
+    if tie.any():
+        back = total - product
+        error = (product - (total - back)) + (c - back)
+        total = np.where(tie & (error > 0), np.nextafter(total, np.inf), total)
+        total = np.where(tie & (error < 0), np.nextafter(total, -np.inf), total)
+    return total.astype(np.float32)
+
+
+FLOAT = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "min": np.fmin,
+    "max": np.fmax,
+    "neg": lambda a: -a,
+    "abs": np.abs,
+    "fma": fused_multiply_add,
+}
+PACKED = {"bf16", "bf16x2", "f16x2", "f32x2"}
+UNARY = {"neg", "abs", "not", "cnot", "popc", "clz", "brev", "ex2", "lg2", "rsqrt", "rcp", "sqrt", "tanh", "sin", "cos"}
+
+
+def unpack(value, kind):
+    """fp32 [lanes, 1 or 2] of a packed type."""
+    if kind == "f32x2":
+        return value.view(np.float32).reshape(-1, 2)
+    halves = value.view(np.uint16).reshape(-1, 1 if kind == "bf16" else 2)
+    return from_bf16(halves) if kind.startswith("bf16") else halves.view(np.float16).astype(np.float32)
+
+
+def pack(value, kind):
+    if kind.startswith("bf16"):
+        value = to_bf16(value)
+    elif kind == "f16x2":
+        value = value.astype(np.float16)
+    return np.ascontiguousarray(value).reshape(-1).view(DTYPE[kind])
+
+
+def float_operation(instruction, kernel):
+    name, kind = instruction.parts[0], instruction.parts[-1]
+    function = FLOAT[name]
+    count = len(instruction.operands) - 1
+    if (
+        name != "fma" and instruction.parts[-2] == "f32" and kind in ("bf16", "f16")
+    ):  # add.rn.f32.bf16: a narrow and a wide operand
+        wide = from_bf16 if kind == "bf16" else (lambda x: x.astype(np.float32))
+        inner = function
+        return elementwise(instruction, kernel, [kind, "f32"], lambda a, b: inner(wide(a), b))
+    if kind in PACKED:
+        inner = function
+        return elementwise(
+            instruction, kernel, [kind] * count, lambda *xs: pack(inner(*[unpack(x, kind) for x in xs]), kind)
+        )
+    if kind not in ("f32", "f16", "f64") or (name == "fma" and kind != "f32"):
+        raise Unsupported(instruction.text)
+    if name == "div" and "full" in instruction.parts:
+        keep, (a, b) = destination(instruction.operands[0], kernel), sources(instruction, ["f32"] * 2, kernel)
+        return lambda m, mask: keep(m, m.approximate(a(m) / b(m)), mask)
+    if name == "div" and "rn" not in instruction.parts:
+        raise Unsupported(instruction.text)
+    if "NaN" in instruction.parts:
+        function = {"min": np.minimum, "max": np.maximum}[name]
+    if count == 3 and name in ("min", "max"):
+        of_two = function
+        function = lambda a, b, c: of_two(of_two(a, b), c)  # noqa: E731
+    if "ftz" in instruction.parts:
+        plain = function
+        return elementwise(instruction, kernel, [kind] * count, lambda *xs: flush(plain(*[flush(x) for x in xs])))
+    return elementwise(instruction, kernel, [kind] * count, function)
+
+
+APPROXIMATE = {
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "rcp": lambda x: 1 / x,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+}
+
+
+@opcode(*APPROXIMATE)
+def approximate_function(instruction, kernel):
+    if instruction.parts[-1] != "f32":
+        raise Unsupported(instruction.text)
+    keep, (read,) = destination(instruction.operands[0], kernel), sources(instruction, ["f32"], kernel)
+    function, ftz = APPROXIMATE[instruction.parts[0]], "ftz" in instruction.parts
+    exact = "rn" in instruction.parts
+
+    def run(m, mask):
+        x = read(m)
+        y = function((flush(x) if ftz else x).astype(np.float64)).astype(np.float32)
+        y = y if exact else m.approximate(y)
+        keep(m, flush(y) if ftz else y, mask)
+
+    return run

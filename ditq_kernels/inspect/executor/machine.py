@@ -1,0 +1,240 @@
+"""A GPU as far as a compiled kernel can tell: threads as lanes of numpy arrays, the memories, and who waits for whom.
+
+Lanes are the threads of one or several thread blocks (CTAs), block by block. A register is one array of unsigned
+integers (booleans for predicates) with one element a lane, or with a single element where all lanes agree. Where lanes
+part, those at the lowest program counter that need not wait go first, which brings them together again.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+
+from .async_state import CopyGroups, MatrixGroups
+from .clocks import Clocks
+from .faults import LOCAL_BASE, POISON, SHARED_BASE, UNSIGNED, WARP, Fault
+from .global_memory import GlobalMemory
+from .mbarriers import MOST_MBARRIERS, Barriers
+from .program import Program
+from .shared_memory import SharedMemory
+from .thread_barriers import ThreadBarriers
+
+MOST_STEPS = 3_000_000
+MOST_IDLE_WAITS = 100
+
+
+class Machine:
+    """A launch of one kernel.
+
+    Args:
+        program: the translated kernel.
+        parameters: by name, each an array of one element, bytes of a structure, or a tensor map.
+        grid: thread blocks along x, y, z.
+        threads: of a block.
+        shared_bytes: of a block, beyond the arrays that the kernel declares.
+        wobble: by how many units of the last place approximate instructions may be off, at random.
+        matrix_unit: how fp32 sums of matrix instructions are cut, of :func:`.tensor_core.unit_of`; None rounds them.
+        lanes: threads that run at once, as long as a block has no more.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: dict[str, object],
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        memory: GlobalMemory,
+        wobble: int = 0,
+        matrix_unit: tuple[int, int] | None = None,
+        lanes: int = 4096,
+    ) -> None:
+        self.program, self.parameters, self.grid, self.threads = program, parameters, grid, threads
+        self.shared_bytes = program.kernel.static_shared + shared_bytes
+        self.memory, self.wobble, self.matrix_unit = memory, wobble, matrix_unit
+        # Persistent blocks part from each other, and mbarriers are counted block by block.
+        self.ctas_at_once = 1 if program.has_mbarriers else max(1, lanes // threads)
+        self.random = np.random.default_rng(0)
+        self.executed: collections.Counter[str] = collections.Counter()
+        self.disagreements = 0
+        self.steps = 0
+
+    def launch(self) -> None:
+        """Runs all blocks. Raises Fault for what must not happen, Unsupported for what is not implemented."""
+        x, y, z = self.grid
+        all_ctas = np.arange(x * y * z)
+        with np.errstate(all="ignore"):
+            for first in range(0, len(all_ctas), self.ctas_at_once):
+                self._run(all_ctas[first : first + self.ctas_at_once])
+                self.disagreements += self.shared.disagreements
+
+    def _begin(self, ctas):
+        kernel, threads = self.program.kernel, self.threads
+        self.ctas = len(ctas)
+        self.lanes = len(ctas) * threads
+        self.every_lane = np.arange(self.lanes)
+        self.cta_of_lane = self.every_lane // threads
+        self.row_of_lane = self.every_lane // WARP
+        self.warps = self.lanes // WARP
+        self.special = self._special_registers(ctas)
+        self.registers = [
+            np.full(1, POISON & (256**width - 1), UNSIGNED[width]) if width else np.zeros(1, np.bool_)
+            for width in kernel.widths
+        ]
+        self.clocks = Clocks(len(ctas), threads // WARP, MOST_MBARRIERS if self.program.has_mbarriers else 0)
+        self.shared = SharedMemory(len(ctas), self.shared_bytes, threads, self.program.grain, self.clocks)
+        self.local = np.full((self.lanes, kernel.local_bytes), POISON & 0xFF, np.uint8)
+        self.copies = CopyGroups(self)
+        self.matrices = MatrixGroups(self)
+        self.mbarriers = Barriers(self.clocks)
+        self.thread_barriers = ThreadBarriers(self)
+        self.stalled = np.zeros(self.lanes, np.bool_)  # lanes that found an mbarrier's phase incomplete
+        self.idle_waits = 0
+
+    def _special_registers(self, ctas):
+        threads = self.threads
+        x, y, _ = self.grid
+        special = {"%tid.x": np.tile(np.arange(threads, dtype=np.uint32), len(ctas))}
+        special["%laneid"] = special["%tid.x"] % np.uint32(WARP)
+        special["%warpid"] = special["%tid.x"] // np.uint32(WARP)
+        places = {"x": ctas % x, "y": ctas // x % y, "z": ctas // (x * y)}
+        for axis, extent in zip("xyz", self.grid, strict=True):
+            place = places[axis].astype(np.uint32)
+            special[f"%ctaid.{axis}"] = place if len(ctas) == 1 else np.repeat(place, threads)
+            special[f"%nctaid.{axis}"] = np.full(1, extent, np.uint32)
+        for name, value in (("%ntid.x", threads), ("%ntid.y", 1), ("%ntid.z", 1), ("%tid.y", 0), ("%tid.z", 0)):
+            special[name] = np.full(1, value, np.uint32)
+        return special
+
+    def _run(self, ctas):
+        self._begin(ctas)
+        end = len(self.program.blocks)
+        block, places = 0, None  # of all lanes, or of each
+        while True:
+            mask = None
+            if places is not None:
+                mask = self._next(places, end)
+                if mask is None:
+                    break
+                block = int(places[mask.argmax()])
+                if mask.all():
+                    mask = places = None
+            elif block == end:
+                break
+            self.alive = None if places is None else places != end
+            after = self._block(self.program.blocks[block], mask)
+            go, target = (None, block + 1) if after is None else after  # falls through
+            if places is None and not self.thread_barriers.holds_any and (go is None or go.size == 1 or _alike(go)):
+                block = target if go is None or go[0] else block + 1
+                continue
+            if places is None:
+                places = np.full(self.lanes, block)
+                mask = np.ones(self.lanes, np.bool_)
+            there = np.where(np.ones(1, np.bool_) if go is None else go, target, block + 1)
+            places = np.where(mask, there, places)
+        self.copies.finish()
+        self.matrices.finish()
+
+    def _next(self, places, end):
+        """The lanes to run: those at the lowest program counter that wait for nothing; None if all have ended."""
+        alive = places != end
+        if not alive.any():
+            return None
+        free = alive & ~self.thread_barriers.held
+        if not (free & ~self.stalled).any():
+            self.alive = alive
+            if free.any():
+                raise Fault("threads wait for mbarriers, and nobody is left to arrive")
+            if not self.thread_barriers.release_for_the_living(alive):
+                raise Fault("a barrier is reached by some threads of a block only")
+            free = alive & ~self.thread_barriers.held
+        free &= ~self.stalled
+        return free & (places == places[free].min())
+
+    def _block(self, steps, mask):
+        """Runs one block for the lanes in ``mask``; (which of them jump, None for all; where to), or None."""
+        self.steps += len(steps)
+        if self.steps > MOST_STEPS:
+            raise Fault("does not end")
+        for run, guard, negated, instruction in steps:
+            active = mask
+            if guard is not None:
+                active = self.registers[guard]
+                active = ~active if negated else active
+                if run is None:
+                    return active, instruction.target
+                if active.size == 1:
+                    if not active[0]:
+                        continue
+                    active = mask
+                elif mask is not None:
+                    active = active & mask
+            elif run is None:
+                return None, instruction.target
+            try:
+                if self.matrices.flying:
+                    self.matrices.check(instruction, active)
+                run(self, active)
+            except Fault as fault:
+                raise Fault(f"{fault} [{instruction.text[:150]}]") from None
+        if self.program.has_matrices:
+            self.matrices.leave_block(steps, mask)
+        self.executed.update(steps.opcodes)
+        return None
+
+    # What instructions ask for.
+
+    def spread(self, value: np.ndarray) -> np.ndarray:
+        """One element a lane."""
+        return value if value.size == self.lanes else np.broadcast_to(value, self.lanes)
+
+    def chosen(self, mask: np.ndarray | None) -> np.ndarray:
+        """Indices of the lanes in ``mask``."""
+        return self.every_lane if mask is None else np.flatnonzero(self.spread(mask))
+
+    def rows(self, mask: np.ndarray | None) -> np.ndarray:
+        """Warps with lanes in ``mask``."""
+        return self.clocks.rows if mask is None else np.unique(self.row_of_lane[self.chosen(mask)])
+
+    def whole_warps(self, mask: np.ndarray | None) -> None:
+        """Refuses a mask that parts a warp."""
+        if mask is not None:
+            by_warp = self.spread(mask).reshape(-1, WARP)
+            if (by_warp.any(1) != by_warp.all(1)).any():
+                raise Fault("a warp's instruction is reached by some of its lanes only")
+
+    def approximate(self, value: np.ndarray) -> np.ndarray:
+        """fp32 values as an approximate instruction may return them."""
+        if not self.wobble:
+            return value
+        off = self.random.integers(-self.wobble, self.wobble + 1, value.size, dtype=np.int32)
+        ordinary = np.isfinite(value) & (np.abs(value) > 1e-30)
+        return np.where(ordinary, (value.view(np.int32) + off).view(np.float32), value)
+
+    def waited(self, lanes: np.ndarray, done: np.ndarray) -> None:
+        """``lanes`` asked for a phase that is complete, or not yet: these wait until some phase completes."""
+        self.idle_waits = 0 if done.any() else self.idle_waits + 1
+        if self.idle_waits > MOST_IDLE_WAITS:
+            raise Fault("waits for ever")
+        self.stalled[lanes] = ~done
+
+    def phase_completed(self) -> None:
+        """Who waits for an mbarrier looks again."""
+        self.stalled[:] = False
+
+    def local_index(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Byte offsets into each thread's own memory."""
+        offsets = addresses.astype(np.int64) - LOCAL_BASE
+        if ((offsets < 0) | (offsets + width > self.local.shape[1])).any() or (offsets & (width - 1)).any():
+            raise Fault(f"local address out of range or misaligned: {offsets.min()} of {self.local.shape[1]} bytes")
+        return offsets
+
+    def space_of(self, addresses: np.ndarray) -> str:
+        """The state space of generic addresses, which must agree."""
+        first = int(addresses.min())
+        return "shared" if SHARED_BASE <= first < LOCAL_BASE else "local" if first < LOCAL_BASE << 1 else "global"
+
+
+def _alike(go):
+    return go.all() or not go.any()

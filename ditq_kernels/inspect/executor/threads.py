@@ -1,0 +1,116 @@
+"""Threads among each other: barriers, fences, shuffles, votes and reductions over a warp."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .faults import WARP, Fault, Unsupported
+from .operands import DTYPE, destination, opcode, source
+from .syntax import Immediate, Pair
+
+
+@opcode("bar", "barrier")
+def barrier(instruction, kernel):
+    """bar.warp.sync; bar.sync and bar.arrive, also spelled barrier{.cta}."""
+    parts = [part for part in instruction.parts[1:] if part not in ("cta", "aligned", "sync", "arrive", "warp")]
+    if parts:
+        raise Unsupported(instruction.text)
+    if "warp" in instruction.parts:
+        return lambda m, mask: m.whole_warps(mask)
+    number, *count = (source(operand, "u32", kernel) for operand in instruction.operands)
+    waits = "sync" in instruction.parts
+
+    def run(m, mask):
+        threads = int(count[0](m)[0]) if count else None
+        which = number(m)
+        if (which != which[0]).any():
+            raise Unsupported("a barrier whose number differs from thread to thread")
+        m.thread_barriers.reach(mask, int(which[0]), threads, waits)
+
+    return run
+
+
+@opcode("fence")
+def fence(instruction, kernel):
+    """Only the fence between the generic and the async proxy orders more than this machine does already."""
+    if instruction.parts[:3] != ("fence", "proxy", "async"):
+        return nothing(instruction, kernel)
+    return lambda m, mask: m.clocks.fence(m.rows(mask))
+
+
+def partners(mode, lane, operand):
+    return {
+        "bfly": lambda: lane ^ operand,
+        "idx": lambda: operand,
+        "up": lambda: lane - operand,
+        "down": lambda: lane + operand,
+    }[mode]()
+
+
+@opcode("shfl")
+def shuffle(instruction, kernel):
+    mode = instruction.parts[2]
+    result, value, which, clamp, _ = instruction.operands
+    if clamp not in (Immediate(31), Immediate(0)) or (clamp.bits == 0) != (mode == "up"):
+        raise Unsupported(instruction.text)
+    into, valid = (result.first, result.second) if isinstance(result, Pair) else (result, None)
+    keep, read, which = destination(into, kernel), source(value, "b32", kernel), source(which, "b32", kernel)
+    keep_valid = destination(valid, kernel) if valid else None
+
+    def run(m, mask):
+        m.whole_warps(mask)
+        values = m.spread(read(m))
+        lane = np.arange(m.lanes)
+        other = partners(mode, lane % WARP, m.spread(which(m)).astype(np.int64))
+        inside = (other >= 0) & (other < WARP)
+        other = np.where(inside, other, lane % WARP) + lane // WARP * WARP
+        keep(m, values[other], mask)
+        if keep_valid:
+            keep_valid(m, inside, mask)
+
+    return run
+
+
+@opcode("redux")
+def reduce_warp(instruction, kernel):
+    function = {"max": np.max, "min": np.min, "add": np.sum, "and": np.bitwise_and.reduce, "or": np.bitwise_or.reduce}
+    operation, kind = function[instruction.parts[2]], instruction.parts[-1]
+    keep, read = destination(instruction.operands[0], kernel), source(instruction.operands[1], kind, kernel)
+    members = source(instruction.operands[2], "u32", kernel)
+
+    def run(m, mask):
+        m.whole_warps(mask)
+        if (members(m) != np.uint32(0xFFFFFFFF)).any():
+            raise Fault("a reduction over part of a warp")
+        found = operation(m.spread(read(m)).reshape(-1, WARP), 1).astype(DTYPE[kind])
+        keep(m, np.repeat(found, WARP), mask)
+
+    return run
+
+
+@opcode("elect")
+def elect(instruction, kernel):
+    result = instruction.operands[0]
+    keep, keep_leader = destination(result.second, kernel), destination(result.first, kernel)
+
+    def run(m, mask):
+        m.whole_warps(mask)
+        keep(m, m.special["%laneid"] == 0, mask)
+        keep_leader(m, np.zeros(1, np.uint32), mask)
+
+    return run
+
+
+@opcode("membar", "griddepcontrol", "setmaxnreg", "nanosleep", "discard", "prefetch")
+def nothing(instruction, kernel):
+    """What changes when things happen, or how many registers there are, and no value."""
+    return lambda m, mask: None
+
+
+@opcode("trap")
+def trap(instruction, kernel):
+    def run(m, mask):
+        if m.chosen(mask).size:
+            raise Fault("the kernel traps")
+
+    return run
