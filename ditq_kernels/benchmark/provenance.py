@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..revision import commit, output_of
 from .peers import versions as peer_versions
-
-REPOSITORY = Path(__file__).parent.parent.parent
-COMMIT_VARIABLE = "DITQ_COMMIT"
-
-
-def _output(*command: str) -> str | None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=REPOSITORY)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def commit() -> str | None:
-    """The checked-out commit, with "+" if files differ from it; outside a repository what ``DITQ_COMMIT`` says, for
-    copies of a working tree, or None.
-    """
-    head = _output("git", "rev-parse", "HEAD")
-    if head is None:
-        return os.environ.get(COMMIT_VARIABLE)
-    return head + ("+" if _output("git", "status", "--porcelain") else "")
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
     """Name, capability, multiprocessors, memory and cache of a CUDA device, and its driver."""
     found = torch.cuda.get_device_properties(device)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
     return dict(
         name=found.name,
         capability=f"{found.major}.{found.minor}",

@@ -4,13 +4,66 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from .. import arguments
 from ..arguments import AddCommand
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.execute:
+        if args.driver:
+            raise ValueError("--driver loads kernels on a GPU and --execute computes without one; choose one of them")
+        return execute_kernels(args.arch, quick=args.quick, match=args.match, out=args.out, as_json=args.json)
+    if args.quick or args.match or args.out:
+        raise ValueError("--quick, --match and --out say what to execute: add --execute")
     return inspect_kernels(args.arch, driver=args.driver, as_json=args.json)
+
+
+def execute_kernels(
+    asked: Sequence[int] | None = None,
+    *,
+    quick: bool = False,
+    match: str = "",
+    out: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Execute every kernel for the architectures ``asked`` for (default: all that can be), and print each verdict; the
+    exit code.
+
+    Args:
+        quick: take the choice that runs in a few minutes.
+        match: part of the names of the cases to take.
+        out: a JSON file to write the outcomes to, with versions and commit.
+        as_json: print a list of objects, one a case, in place of lines.
+
+    Raises:
+        ValueError: for an architecture whose matrix instructions the executor does not know, or if no case matches.
+    """
+    import json
+
+    from ..files import written_whole
+    from ..progress import track
+    from . import execution
+
+    architectures = asked or (execution.QUICK_ARCHITECTURES if quick else execution.ARCHITECTURES)
+    for arch in set(architectures) - set(execution.ARCHITECTURES):
+        known = ", ".join(f"sm_{known}" for known in execution.ARCHITECTURES)
+        raise ValueError(f"sm_{arch} cannot be executed: {execution.NOT_EXECUTED[arch]}; --arch takes {known}")
+    count = execution.count(architectures, quick, match)
+    if not count:
+        raise ValueError(f"no case's name holds {match!r}; without --match all are executed")
+    outcomes = []
+    for outcome in track(execution.execute(architectures, quick, match), count, "case"):
+        outcomes.append(outcome)
+        if not as_json:
+            print(execution.line(outcome), flush=True)
+    record = execution.record(outcomes)
+    if out is not None:
+        with written_whole(out) as beside:
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1) if as_json else "\n".join(execution.summary(outcomes)))
+    return 0 if all(outcome.verdict == execution.OK for outcome in outcomes) else 1
 
 
 def inspect_kernels(asked: Sequence[int] | None = None, *, driver: bool = False, as_json: bool = False) -> int:
@@ -67,8 +120,9 @@ def add_commands(command: AddCommand) -> None:
     inspect = command(
         "inspect",
         _inspect,
-        "compile every kernel for each GPU architecture, with no GPU, and check its machine code",
-        "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json",
+        "compile every kernel for each GPU architecture, with no GPU, and check its machine code, or execute it",
+        "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json\n"
+        '  ditq inspect --execute --quick\n  ditq inspect --execute --arch sm_90 --match "small w4_g128"',
         device=False,
     )
     inspect.add_argument(
@@ -81,3 +135,11 @@ def add_commands(command: AddCommand) -> None:
         "--driver", action="store_true", help="load each kernel on this machine's GPU too; its driver must agree"
     )
     inspect.add_argument("--json", action="store_true", help="a list of objects, one a kernel")
+    inspect.add_argument(
+        "--execute",
+        action="store_true",
+        help="compute with every kernel, from its compiled PTX on this CPU, and compare with the reference (hours)",
+    )
+    inspect.add_argument("--quick", action="store_true", help="with --execute: a choice that takes minutes")
+    inspect.add_argument("--match", default="", metavar="TEXT", help="with --execute: cases whose name holds TEXT")
+    inspect.add_argument("--out", type=Path, metavar="FILE", help="with --execute: JSON of all outcomes")

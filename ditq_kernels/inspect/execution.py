@@ -6,25 +6,31 @@ another, and is given the same data, is executed once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from ..kernels.config import shared_memory
 from ..kernels.device import Device, standing_in
+from ..revision import commit
 from .cases import edges, passes, products
 from .cases.case import Case, Mismatch
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 QUICK_ARCHITECTURES = (80, 90)
+NOT_EXECUTED = {100: "the executor does not know tcgen05, which multiplies its 16-bit operands"}
 OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # arguments that kernels may write
+SECONDS_BETWEEN_LOOKS = 0.5  # at whether the processes are done
 OK = "ok"
 VERDICTS = (OK, "MISMATCH", "FAULT", "REFUSED", "UNSUPPORTED", "ERROR")
 
@@ -162,11 +168,12 @@ def execute(
             outcomes = manager.Queue()
             parts = 4 * workers  # several each, so that none is long idle at the end
             requests = [Request(tuple(architectures), quick, match, part, parts) for part in range(parts)]
-            jobs = {pool.submit(_run_part, request, outcomes) for request in requests}
-            for job in as_completed(jobs):
-                job.result()
-                while not outcomes.empty():
-                    yield outcomes.get()
+            jobs = [pool.submit(_run_part, request, outcomes) for request in requests]
+            while not (all(job.done() for job in jobs) and outcomes.empty()):
+                with contextlib.suppress(queue.Empty):
+                    yield outcomes.get(timeout=SECONDS_BETWEEN_LOOKS)
+            for job in jobs:
+                job.result()  # raises what ended a process
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment
@@ -178,16 +185,34 @@ def line(outcome: Outcome) -> str:
 
 
 def summary(outcomes: Iterable[Outcome]) -> list[str]:
-    """Lines: how many cases of each family and architecture got which verdict."""
+    """Lines: how many cases of each family and architecture got which verdict, and all together."""
+    outcomes = list(outcomes)
     table: dict[tuple[int, str], dict[str, int]] = {}
     for outcome in outcomes:
         row = table.setdefault((outcome.arch, outcome.family), {})
         row[outcome.verdict] = row.get(outcome.verdict, 0) + 1
-    return [
+    lines = [
         f"sm_{arch:<4}{family:12}" + ", ".join(f"{row[verdict]} {verdict}" for verdict in VERDICTS if verdict in row)
         for (arch, family), row in sorted(table.items())
     ]
+    failed = sum(outcome.verdict != OK for outcome in outcomes)
+    launches, executed = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("launches", "executed"))
+    return [
+        *lines,
+        f"{len(outcomes)} cases, {failed} of them not ok; {launches} launches, {executed} executed here and the others "
+        f"the same as one of these; {sum(outcome.steps for outcome in outcomes)} PTX instructions issued",
+    ]
 
 
-def as_json(outcomes: Iterable[Outcome]) -> list[dict]:
-    return [dataclasses.asdict(outcome) for outcome in outcomes]
+def record(outcomes: Sequence[Outcome]) -> dict:
+    """What to keep of a run: versions and commit, the summary, and each outcome."""
+    import triton
+
+    return dict(
+        commit=commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        triton=triton.__version__,
+        torch=torch.__version__,
+        summary=summary(outcomes),
+        outcomes=[dataclasses.asdict(outcome) for outcome in outcomes],
+    )
