@@ -53,6 +53,7 @@ class Problem:
         activation_bytes: 1 for int8, 2 for 16-bit, 4 for fp32 activations.
         capability: 10 * major + minor.
         multiprocessors: of the device.
+        output_bytes: of one element of the result: 2, or 4 for fp32 and for accumulators as they are.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Problem:
     fmt: WeightFormat
     capability: int
     multiprocessors: int
+    output_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,6 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 }
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
-OUTPUT_BYTES = 2
 BARRIER_BYTES = 64
 WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
@@ -155,14 +156,14 @@ SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
-    """Shared memory of the loop's operands, all stages."""
+    """Shared memory of the loop's operands, all stages, and of what is stored while they are loaded."""
     if config.route == "small":
         return 0
     if config.route == "in_loop":
         weights = config.block_n * HALF_BLOCK * (2 if problem.fmt.bits == 8 else 1)
         return config.num_stages * (2 * config.block_m * HALF_BLOCK * problem.activation_bytes + weights)
     # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
-    output = config.block_m * config.block_n * OUTPUT_BYTES + BARRIER_BYTES if config.descriptors else 0
+    output = config.block_m * config.block_n * problem.output_bytes + BARRIER_BYTES if config.descriptors else 0
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output
 
 

@@ -34,8 +34,10 @@ def _weight_types(fmt: WeightFormat) -> dict[str, str | None]:
     return dict(qweight="*u8" if fmt.bits == 4 else "*i8", scale="*fp32", group_code="*u8" if fmt.two_level else None)
 
 
-def _problem(fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS) -> Problem:
-    return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS)
+def _problem(
+    fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS, output_bytes: int = 2
+) -> Problem:
+    return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS, output_bytes)
 
 
 def _to(output: str) -> str:
@@ -93,7 +95,11 @@ def _dense(arch: int) -> Iterator[Variant]:
         valid = [config for config in CONFIGS[route] if config.block_m and is_valid(config, problem)]
         pointers = next(config for config in valid if not config.descriptors)
         forms = [(config, EVEN_WIDTH, "bf16") for config in valid] + [(pointers, RAGGED_WIDTH, "bf16")]
-        forms += [(pointers, EVEN_WIDTH, "i32")] if kind == "i8" else []
+        if kind == "i8":
+            # What is stored takes shared memory too: every tile that may write fp32 does so, one writes accumulators.
+            wide = _problem(WEIGHT_FORMATS["w8"], 1, arch, output_bytes=4)
+            forms += [(config, EVEN_WIDTH, "fp32") for config in valid if is_valid(config, wide)]
+            forms.append((pointers, EVEN_WIDTH, "i32"))
         for config, width, output in forms:
             constants, options = dense_product.specialise(config, OUTPUT_TYPES[output], width == EVEN_WIDTH)
             yield Variant(
