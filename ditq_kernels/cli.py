@@ -168,7 +168,7 @@ def inspect_command(args: argparse.Namespace) -> int:
     from .progress import track
 
     if args.driver:
-        args.arch = [_loadable_architecture(args.arch, inspection.ARCHITECTURES)]
+        args.arch = [_loadable_architecture(args.arch, inspection.ARCHITECTURES + inspection.RELATIVES)]
     architectures = args.arch or inspection.ARCHITECTURES
     findings = []
     if not args.json:
@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arch",
         type=_architecture,
         nargs="+",
-        help="sm_80, sm_89, sm_90, sm_100, sm_120 (default: all)",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 (default: these), sm_103, sm_121",
     )
     inspect.add_argument(
         "--driver", action="store_true", help="load each kernel on this machine's GPU too; its driver must agree"
@@ -341,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _architecture(text: str) -> int:
-    architectures = ("80", "89", "90", "100", "120")
+    architectures = ("80", "86", "89", "90", "100", "103", "120", "121")
     if text.removeprefix("sm_") not in architectures:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'sm_{arch}' for arch in architectures)}")
     return int(text.removeprefix("sm_"))

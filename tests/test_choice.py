@@ -33,7 +33,7 @@ def problem(rows, out_features, in_features, activation_bytes, fmt, **device):
     return Problem(config.row_class(rows), out_features, in_features, activation_bytes, fmt, **(device or H100))
 
 
-@pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 103])
+@pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 87, 103, 121])
 def test_every_problem_has_a_valid_configuration(capability):
     for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), config.ROW_CLASSES):
         for features, output in itertools.product(((1152, 1152), (40, 130), (18432, 3072)), (2, 4)):
@@ -96,6 +96,21 @@ def test_wide_outputs_take_tiles_whose_shared_memory_holds_them(monkeypatch):
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32):
             dispatch._chosen.__wrapped__(4096, 3072, 12288, 1, W8, device, dtype)
     assert asked == [narrow, narrow, wide, wide]
+
+
+def test_capabilities_go_by_family():
+    assert [config.shared_memory(capability) // 1024 for capability in (80, 86, 87, 89, 103, 121)] == [
+        163, 99, 99, 99, 227, 99
+    ]  # fmt: skip
+    for known, related in ((100, 103), (120, 121)):
+        for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2), (16, 4096)):
+            of_known, of_related = (
+                list(
+                    config.candidates(problem(rows, 3072, 3072, size, fmt, capability=capability, multiprocessors=148))
+                )
+                for capability in (known, related)
+            )
+            assert of_known == of_related
 
 
 def test_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):

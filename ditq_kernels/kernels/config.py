@@ -24,9 +24,19 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 ROW_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+def family(capability: int) -> int:
+    """The major version, whose devices share matrix and copy instructions: 10 of 100 and of 103."""
+    return capability // 10
+
+
 def shared_memory(capability: int) -> int:
-    """Bytes that one thread block may use on ``capability``; of one not listed, the smallest that any has."""
-    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    """Bytes that one thread block may use on ``capability``; where it is not listed, the least of its
+    family, or of any.
+    """
+    if capability in SHARED_MEMORY:
+        return SHARED_MEMORY[capability]
+    related = [size for known, size in SHARED_MEMORY.items() if family(known) == family(capability)]
+    return min(related or SHARED_MEMORY.values())
 
 
 def cdiv(extent: int, block: int) -> int:
@@ -150,7 +160,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
 BARRIER_BYTES = 64
-WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory
+WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read without bank conflicts
 
@@ -172,7 +182,7 @@ def _registers_suffice(config: Config, problem: Problem) -> bool:
     if config.route == "small":
         return True
     accumulators = config.block_m * config.block_n // (32 * config.num_warps)
-    warpgroups = problem.capability in WARPGROUP_CAPABILITIES
+    warpgroups = family(problem.capability) in WARPGROUP_FAMILIES
     if config.route != "in_loop":
         return accumulators <= (128 if warpgroups else 64)
     # Decoded in the loop. Without warpgroup instructions the activations pass through registers as well.
@@ -226,16 +236,16 @@ def is_valid(config: Config, problem: Problem) -> bool:
         return False  # the scratch would cost more than the product
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
-    if config.descriptors and problem.capability not in WARPGROUP_CAPABILITIES:
+    if config.descriptors and family(problem.capability) not in WARPGROUP_FAMILIES:
         return False  # sm_80 has no copy engine; without warpgroups, on sm_120, the loop is five times as long
     if config.descriptors and problem.in_features * problem.activation_bytes % 16:
         return False  # the copy engine wants rows of whole 16 bytes
-    if config.block_k and config.block_m < WARPGROUP_ROWS and problem.capability == 90:
+    if config.block_k and config.block_m < WARPGROUP_ROWS and family(problem.capability) == 9:
         return False  # the older matrix instruction reaches three quarters of Hopper's rate
     decodes_to_16_bits = config.route == "in_loop" and problem.fmt.bits == 4 and problem.activation_bytes > 1
-    if decodes_to_16_bits and config.block_m > 64 and problem.capability == 100:
+    if decodes_to_16_bits and config.block_m > 64 and family(problem.capability) == 10:
         return False  # spills, and with groups of 32 Triton 3.7 leaves out the whole product
-    if config.block_m * config.block_n >= 128 * 256 and problem.capability == 100 and not config.descriptors:
+    if config.block_m * config.block_n >= 128 * 256 and family(problem.capability) == 10 and not config.descriptors:
         return False  # addresses and masks are too many for the registers
     return shared_bytes(config, problem) <= shared_memory(problem.capability) and _registers_suffice(config, problem)
 
@@ -270,7 +280,7 @@ def estimate(config: Config, problem: Problem) -> float:
         return 0.0  # where the small product is valid, nothing reads the weights faster
     if config.block_m:
         cost = _tiled_cost(config.block_m, config.block_n, problem)
-        if problem.capability in WARPGROUP_CAPABILITIES and not config.descriptors:
+        if family(problem.capability) in WARPGROUP_FAMILIES and not config.descriptors:
             cost *= POINTER_COST
     else:
         cost = CUBLAS_COST * min(_tiled_cost(*tile, problem) for tile in CUBLAS_TILES)

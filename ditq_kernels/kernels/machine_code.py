@@ -15,17 +15,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import SHARED_MEMORY
+from .config import shared_memory
 
 # Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
 # the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
+# Of 86: GA102 whitepaper 2.0, RTX A6000 and A40; GeForce boards sum 16-bit products in fp32 at half that rate.
 MACS_PER_CLOCK: dict[int, tuple[int | None, int | None]] = {
     80: (2048, 1024),
+    86: (1024, 512),
     89: (1024, 512),
     90: (4096, 2048),
     100: (None, 4096),
     120: (1024, 512),
 }
+UNKNOWN_RATES = (None, None)
 SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp per clock
 WARPGROUP_WARPS = 4
 # The tensor cores' integer (I) and 16-bit (H) instructions: mma.sync, wgmma (G) and tcgen05 (UTC).
@@ -159,7 +162,8 @@ def main_loop(code: list[Instruction]) -> list[Instruction] | None:
 def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
     """See :attr:`MachineCode.issue_slots`."""
     matrix = [instruction for instruction in turn if instruction.is_matrix]
-    rate = MACS_PER_CLOCK[arch]["IH".index(matrix[0].name[0])] if matrix[0].name[0] in "IH" else None
+    rates = MACS_PER_CLOCK.get(arch, UNKNOWN_RATES)
+    rate = rates["IH".index(matrix[0].name[0])] if matrix[0].name[0] in "IH" else None
     macs = [instruction.macs for instruction in matrix]
     if rate is None or None in macs:
         return None
@@ -241,7 +245,7 @@ def compile_variant(variant: Variant, arch: int, driver: bool = False) -> Machin
         registers=int(re.search(r"REG:(\d+)", resources).group(1)),
         spills=sum(instruction.name.split(".")[0] in ("LDL", "STL") for instruction in code),
         shared=compiled.metadata.shared,
-        shared_limit=SHARED_MEMORY[arch],
+        shared_limit=shared_memory(arch),
         matrix_instructions=tuple(dict.fromkeys(instruction.name for instruction in matrix)),
         left_operand=left_operand(matrix),
         loop_instructions=len(turn) if turn else None,
