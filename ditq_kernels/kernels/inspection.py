@@ -44,6 +44,8 @@ def failures(variant: Variant, code: MachineCode) -> list[str]:
         wrong.append(f"{code.issue_slots} issue slots per matrix clock, more than {variant.issue_budget}")
     if variant.issue_budget and code.issue_slots is None and None not in MACS_PER_CLOCK.get(code.arch, UNKNOWN_RATES):
         wrong.append("its main loop was not recognised")
+    if code.mixed_operands:
+        wrong.append(f"{code.mixed_operands} pieces of assembly decode bytes of several groups by one")
     if code.driver_registers not in (None, code.registers):
         wrong.append(f"the driver gives it {code.driver_registers} registers, not {code.registers}")
     if code.driver_spills:

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .config import shared_memory
+from .packed_operands import disagreeing_calls
 
 # Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
 # the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
@@ -76,6 +77,8 @@ class MachineCode:
             Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
         driver_registers, driver_spills: registers per thread, and words of thread-local memory, that a driver gave the
             kernel when it loaded it; None where none did.
+        mixed_operands: pieces of assembly that read one operand for elements that have others
+            (:func:`.packed_operands.disagreeing_calls`).
     """
 
     name: str
@@ -90,6 +93,7 @@ class MachineCode:
     issue_slots: float | None
     driver_registers: int | None = None
     driver_spills: int | None = None
+    mixed_operands: int = 0
 
 
 @dataclass(frozen=True)
@@ -252,4 +256,5 @@ def compile_variant(variant: Variant, arch: int, driver: bool = False) -> Machin
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
         driver_registers=loaded[0],
         driver_spills=loaded[1],
+        mixed_operands=len(disagreeing_calls(compiled.asm["llir"])),
     )
