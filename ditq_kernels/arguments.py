@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .model.calibration import ALL_STEPS
 
-ARCHITECTURES = ("80", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "103", "120", "121")
 # How each command adds itself: (name, run, help, examples, device=True); ``run`` takes the arguments and returns the
 # exit code, and ``device`` is whether there is ``--device``.
 AddCommand = Callable[..., argparse.ArgumentParser]

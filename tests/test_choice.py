@@ -1,5 +1,6 @@
 """Which configuration a product runs on: the predicate, the heuristic, the tables of measured winners."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -32,11 +33,11 @@ def problem(rows, out_features, in_features, activation_bytes, fmt, **device):
     return Problem(config.row_class(rows), out_features, in_features, activation_bytes, fmt, **(device or H100))
 
 
-@pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 103])
+@pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 87, 103, 121])
 def test_every_problem_has_a_valid_configuration(capability):
     for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), config.ROW_CLASSES):
-        for features in ((1152, 1152), (40, 130), (18432, 3072)):
-            given = Problem(rows, *features, size, fmt, capability, 132)
+        for features, output in itertools.product(((1152, 1152), (40, 130), (18432, 3072)), (2, 4)):
+            given = Problem(rows, *features, size, fmt, capability, 132, output)
             chosen = config.heuristic(given)
             assert config.is_valid(chosen, given)
             assert config.shared_bytes(chosen, given) <= config.shared_memory(capability)
@@ -79,6 +80,37 @@ def test_descriptors_need_the_copy_engine_and_rows_of_whole_16_bytes():
     assert config.is_valid(with_descriptors, problem(4096, 3072, 3072, 1, W8))
     assert not config.is_valid(with_descriptors, problem(4096, 3072, 3080, 1, W8))
     assert not config.is_valid(with_descriptors, problem(4096, 3072, 3072, 1, W8, capability=80, multiprocessors=108))
+
+
+def test_wide_outputs_take_tiles_whose_shared_memory_holds_them(monkeypatch):
+    """A persistent program stores one tile while it loads the next: 128 x 256 outputs of four bytes leave no room."""
+    narrow = problem(4096, 3072, 12288, 1, W8)
+    wide = dataclasses.replace(narrow, output_bytes=4)
+    largest = Config("int8", 128, 256, 128, 8, 3, descriptors=True)
+    assert config.heuristic(narrow) == largest and not config.is_valid(largest, wide)
+    assert config.shared_bytes(largest, wide) >= 278_552  # what Triton asks for
+    asked = []
+    device = dispatch.Device("a GPU", 90, 132)
+    with monkeypatch.context() as patched:
+        patched.setattr(tables, "choose", lambda given, *_, **__: asked.append(given) or largest)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32):
+            dispatch._chosen.__wrapped__(4096, 3072, 12288, 1, W8, device, dtype)
+    assert asked == [narrow, narrow, wide, wide]
+
+
+def test_capabilities_go_by_family():
+    assert [config.shared_memory(capability) // 1024 for capability in (80, 86, 87, 89, 103, 121)] == [
+        163, 99, 99, 99, 227, 99
+    ]  # fmt: skip
+    for known, related in ((100, 103), (120, 121)):
+        for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2), (16, 4096)):
+            of_known, of_related = (
+                list(
+                    config.candidates(problem(rows, 3072, 3072, size, fmt, capability=capability, multiprocessors=148))
+                )
+                for capability in (known, related)
+            )
+            assert of_known == of_related
 
 
 def test_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from ditq_kernels.inspect import inspection, machine_code, shipped
+from ditq_kernels.inspect import inspection, machine_code, packed_operands, shipped
 from ditq_kernels.kernels import config
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
@@ -70,7 +70,10 @@ def test_every_shipped_form_passes(arch, found):
         assert finding["spills"] == 0 and finding["shared"] <= config.SHARED_MEMORY[arch]
         names = " ".join(finding["matrix_instructions"])
         if variant.matrix:
-            assert all(name.startswith(inspection.MATRIX_INSTRUCTIONS[arch][variant.matrix]) for name in names.split())
+            assert all(
+                name.startswith(inspection.MATRIX_INSTRUCTIONS[config.family(arch)][variant.matrix])
+                for name in names.split()
+            )
         else:
             assert not names
 
@@ -84,7 +87,7 @@ def test_hopper_decodes_into_registers_and_hides_the_decoding(found):
     assert max(slots["w4_g128"]) <= 0.7
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
 def test_dense_loops_leave_the_matrix_units_the_limit(arch, found):
     dense = [f for f in found[arch] if f["name"].startswith("dense")]
     assert dense and all(f["issue_slots"] < 1 for f in dense)
@@ -191,6 +194,48 @@ def test_an_unknown_architecture_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["inspect", "--arch", "sm_70"])
     assert "sm_80" in capsys.readouterr().err
+
+
+# What the compiler made of one decoder call: four elements of one output, of two, and a load with a tied operand.
+ASSEMBLY = '"and.b32 $0, $1, 15;\\0A    mul.lo.u32 $0, $0, $2;", "=&r,r,r,r,r,r"'
+CALLS = f"""
+  %7 = tail call <4 x i8> asm {ASSEMBLY}(<4 x i8> %1, i32 %2, i32 %2, i32 %2, i32 %2) #3, !dbg !81
+  %8 = tail call <4 x i8> asm {ASSEMBLY}(<4 x i8> %1, i32 %2, i32 %2, i32 %3, i32 %3) #3, !dbg !81
+  %9 = tail call i32 asm sideeffect "@$3 ld.shared.b32 $0, [ $1 ];", "=r,r,0,b"(ptr addrspace(3) %4, i32 %5, i1 %6)
+"""
+
+
+def test_assembly_that_reads_one_operand_for_others_is_found():
+    assert packed_operands.disagreeing_calls(CALLS) == ["operand $4 is i32 %3, but $2, i32 %2, is read for it"]
+    assert packed_operands.disagreeing_calls(CALLS.replace("%3, i32 %3", "%2, i32 %2")) == []
+
+
+# The gradient with the decoder of int8 products, whose four bytes have to be of one output: on sm_80 they are of four.
+MIXING = """
+import json
+import triton
+import triton.language as tl
+from ditq_kernels.kernels import decode, gradient, inspection, shipped
+
+@triton.jit
+def as_int8(qweight, n, K, row_bytes, step, low, high, BITS: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
+            COMPILED: tl.constexpr, dtype: tl.constexpr):
+    low, high = decode.load_halves(qweight, n, K, row_bytes, step, low, high, BITS, PART, EVEN_K, COMPILED)
+    return low.to(dtype), high.to(dtype)
+
+gradient.load_halves_as = as_int8
+variant = next(variant for variant in shipped.variants(80) if variant.name == "w4_g128 gradient")
+print(json.dumps(inspection.inspect_variant(variant, 80).failures))
+"""
+
+
+def test_a_decoder_that_mixes_groups_fails(tmp_path):
+    script = tmp_path / "mixing.py"  # the compiler reads sources from files
+    script.write_text(MIXING)
+    result = compiling_process(str(script))
+    assert result.returncode == 0, result.stderr
+    (failure,) = json.loads(result.stdout)
+    assert failure.endswith("pieces of assembly decode bytes of several groups by one")
 
 
 LISTING = """

@@ -84,7 +84,7 @@ def inspect_kernels(asked: Sequence[int] | None = None, *, driver: bool = False,
 
     architectures = asked or inspection.ARCHITECTURES
     if driver:
-        architectures = [_loadable_architecture(asked, inspection.ARCHITECTURES)]
+        architectures = [_loadable_architecture(asked, inspection.ARCHITECTURES + inspection.RELATIVES)]
     findings = []
     if not as_json:
         print(inspection.HEADER)
@@ -129,7 +129,7 @@ def add_commands(command: AddCommand) -> None:
         "--arch",
         type=arguments.architecture,
         nargs="+",
-        help="sm_80, sm_89, sm_90, sm_100, sm_120 (default: all)",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 (default: these), sm_103, sm_121",
     )
     inspect.add_argument(
         "--driver", action="store_true", help="load each kernel on this machine's GPU too; its driver must agree"

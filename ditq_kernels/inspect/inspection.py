@@ -11,20 +11,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from ..kernels.config import SHARED_MEMORY
+from ..kernels.config import family, shared_memory
 from .compilation import Variant, compile_variant, load
-from .machine_code import MACS_PER_CLOCK, MachineCode, read
+from .machine_code import MACS_PER_CLOCK, UNKNOWN_RATES, MachineCode, read
 from .shipped import variants
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
-# The matrix instructions of int8 and of 16-bit operands: mma.sync, and Hopper's wgmma. Datacenter Blackwell's tcgen05
-# has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
+# The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
+# Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
 MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
-    80: {"int8": ("IMMA",), "float": ("HMMA",)},
-    89: {"int8": ("IMMA",), "float": ("HMMA",)},
-    90: {"int8": ("IGMMA",), "float": ("HGMMA",)},
-    100: {"int8": ("IMMA",), "float": ("UTCHMMA",)},
-    120: {"int8": ("IMMA",), "float": ("HMMA",)},
+    8: {"int8": ("IMMA",), "float": ("HMMA",)},
+    9: {"int8": ("IGMMA",), "float": ("HGMMA",)},
+    10: {"int8": ("IMMA",), "float": ("UTCHMMA",)},
+    12: {"int8": ("IMMA",), "float": ("HMMA",)},
 }
 
 
@@ -36,15 +36,17 @@ def failures(variant: Variant, code: MachineCode) -> list[str]:
     if code.shared > code.shared_limit:
         wrong.append(f"{code.shared} B of shared memory, more than {code.shared_limit}")
     found = {instruction.split(".")[0] for instruction in code.matrix_instructions}
-    wanted = set(MATRIX_INSTRUCTIONS[code.arch][variant.matrix]) if variant.matrix else set()
+    wanted = set(MATRIX_INSTRUCTIONS[family(code.arch)][variant.matrix]) if variant.matrix else set()
     if found != wanted:
         wrong.append(f"matrix instructions {sorted(found) or 'none'}, not {sorted(wanted) or 'none'}")
-    if variant.decodes and code.arch == 90 and code.left_operand != "registers":
+    if variant.decodes and family(code.arch) == 9 and code.left_operand != "registers":
         wrong.append("the decoded weight does not come from registers")
     if variant.issue_budget and code.issue_slots is not None and code.issue_slots > variant.issue_budget:
         wrong.append(f"{code.issue_slots} issue slots per matrix clock, more than {variant.issue_budget}")
-    if variant.issue_budget and code.issue_slots is None and None not in MACS_PER_CLOCK[code.arch]:
+    if variant.issue_budget and code.issue_slots is None and None not in MACS_PER_CLOCK.get(code.arch, UNKNOWN_RATES):
         wrong.append("its main loop was not recognised")
+    if code.mixed_operands:
+        wrong.append(f"{code.mixed_operands} pieces of assembly decode bytes of several groups by one")
     if code.driver_registers not in (None, code.registers):
         wrong.append(f"the driver gives it {code.driver_registers} registers, not {code.registers}")
     if code.driver_spills:
@@ -61,7 +63,7 @@ class Finding:
 
 
 def _not_compiled(variant: Variant, arch: int, reason: str) -> Finding:
-    code = MachineCode(variant.name, arch, 0, 0, 0, SHARED_MEMORY[arch], (), None, None, None)
+    code = MachineCode(variant.name, arch, 0, 0, 0, shared_memory(arch), (), None, None, None)
     return Finding(code, (f"did not compile: {reason}",))
 
 

@@ -11,18 +11,22 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-from ..kernels.config import SHARED_MEMORY
+from ..kernels.config import shared_memory
 from .compilation import Variant
+from .packed_operands import disagreeing_calls
 
 # Dense multiply-accumulates per clock and multiprocessor of the instructions that the kernels use, (int8, 16-bit), from
 # the whitepapers' peak rates; None where the instruction is not the architecture's fast path and its rate unpublished.
+# Of 86: GA102 whitepaper 2.0, RTX A6000 and A40; GeForce boards sum 16-bit products in fp32 at half that rate.
 MACS_PER_CLOCK: dict[int, tuple[int | None, int | None]] = {
     80: (2048, 1024),
+    86: (1024, 512),
     89: (1024, 512),
     90: (4096, 2048),
     100: (None, 4096),
     120: (1024, 512),
 }
+UNKNOWN_RATES = (None, None)
 SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp per clock
 WARPGROUP_WARPS = 4
 # The tensor cores' integer (I) and 16-bit (H) instructions: mma.sync, wgmma (G) and tcgen05 (UTC).
@@ -48,6 +52,8 @@ class MachineCode:
             Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
         driver_registers, driver_spills: registers per thread, and words of thread-local memory, that a driver gave the
             kernel when it loaded it; None where none did.
+        mixed_operands: pieces of assembly that read one operand for elements that have others
+            (:func:`.packed_operands.disagreeing_calls`).
     """
 
     name: str
@@ -62,6 +68,7 @@ class MachineCode:
     issue_slots: float | None
     driver_registers: int | None = None
     driver_spills: int | None = None
+    mixed_operands: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ def main_loop(code: list[Instruction]) -> list[Instruction] | None:
 def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
     """See :attr:`MachineCode.issue_slots`."""
     matrix = [instruction for instruction in turn if instruction.is_matrix]
-    rate = MACS_PER_CLOCK[arch]["IH".index(matrix[0].name[0])] if matrix[0].name[0] in "IH" else None
+    rates = MACS_PER_CLOCK.get(arch, UNKNOWN_RATES)
+    rate = rates["IH".index(matrix[0].name[0])] if matrix[0].name[0] in "IH" else None
     macs = [instruction.macs for instruction in matrix]
     if rate is None or None in macs:
         return None
@@ -174,9 +182,10 @@ def read(variant: Variant, arch: int, compiled: CompiledKernel) -> MachineCode:
         registers=int(re.search(r"REG:(\d+)", resources).group(1)),
         spills=sum(instruction.name.split(".")[0] in ("LDL", "STL") for instruction in code),
         shared=compiled.metadata.shared,
-        shared_limit=SHARED_MEMORY[arch],
+        shared_limit=shared_memory(arch),
         matrix_instructions=tuple(dict.fromkeys(instruction.name for instruction in matrix)),
         left_operand=left_operand(matrix),
         loop_instructions=len(turn) if turn else None,
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
+        mixed_operands=len(disagreeing_calls(compiled.asm["llir"])),
     )

@@ -19,6 +19,8 @@ MANY_ROWS = 4096
 MULTIPROCESSORS = 132  # any number: it decides which configuration is chosen, not which are valid
 ACTIVATION_TYPES = {1: "i8", 2: "bf16"}  # what matrix products take; bf16 stands for fp16 too
 WIDEST_TYPE = "fp32"  # other kernels take it as well
+# int8 products write accumulators and fp32 as well.
+OUTPUT_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32}
 ELEMENT_BYTES = {kind: size for size, kind in ACTIVATION_TYPES.items()} | {WIDEST_TYPE: 4}
 # Of 4-bit weights with int8 activations and 128 x 128 tiles: decoding must hide behind the matrix units. Groups of 32
 # have four bytes to unpack in each block of 128 inputs, where groups of 128 have one.
@@ -32,8 +34,14 @@ def _weight_types(fmt: WeightFormat) -> dict[str, str | None]:
     return dict(qweight="*u8" if fmt.bits == 4 else "*i8", scale="*fp32", group_code="*u8" if fmt.two_level else None)
 
 
-def _problem(fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS) -> Problem:
-    return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS)
+def _problem(
+    fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS, output_bytes: int = 2
+) -> Problem:
+    return Problem(rows, EVEN_WIDTH, EVEN_WIDTH, activation_bytes, fmt, arch, MULTIPROCESSORS, output_bytes)
+
+
+def _to(output: str) -> str:
+    return "" if output == "bf16" else f" to {output}"
 
 
 def _in_loop(arch: int) -> Iterator[Variant]:
@@ -44,15 +52,19 @@ def _in_loop(arch: int) -> Iterator[Variant]:
 
 def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) -> Iterator[Variant]:
     valid = [c for c in CONFIGS["in_loop"] if is_valid(c, _problem(fmt, activation_bytes, arch))]
-    # Masks along K and SiLU change the loads and not the tiles: one form of each will do.
-    forms = [(config, EVEN_WIDTH, False) for config in valid] + [(valid[0], RAGGED_WIDTH, False)]
-    forms += [(valid[-1], EVEN_WIDTH, True)] if kind != "i8" else []
-    for config, width, silu in forms:
-        constants, options = in_loop_product.specialise(config, fmt, torch.bfloat16, width == EVEN_WIDTH, silu)
-        types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias="*bf16", y="*bf16", **_weight_types(fmt))
+    # Masks along K, SiLU and the accumulators as output change loads and stores and not the tiles: one form of each.
+    forms = [(config, EVEN_WIDTH, False, "bf16") for config in valid] + [(valid[0], RAGGED_WIDTH, False, "bf16")]
+    forms += [(valid[-1], EVEN_WIDTH, True, "bf16")] if kind != "i8" else []
+    forms += [(valid[0], EVEN_WIDTH, False, "i32")] if kind == "i8" and not fmt.promoted else []
+    for config, width, silu, output in forms:
+        even = width == EVEN_WIDTH
+        constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch)
+        bias = None if output == "i32" else "*bf16"
+        types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias=bias, y=f"*{output}")
+        types |= _weight_types(fmt)
         large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH
         yield Variant(
-            f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}",
+            f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}{_to(output)}",
             in_loop_product.in_loop_product_kernel,
             types,
             constants,
@@ -82,26 +94,32 @@ def _dense(arch: int) -> Iterator[Variant]:
         kind = ACTIVATION_TYPES[problem.activation_bytes]
         valid = [config for config in CONFIGS[route] if config.block_m and is_valid(config, problem)]
         pointers = next(config for config in valid if not config.descriptors)
-        for config, width in [(config, EVEN_WIDTH) for config in valid] + [(pointers, RAGGED_WIDTH)]:
-            constants, options = dense_product.specialise(config, torch.bfloat16, width == EVEN_WIDTH)
+        forms = [(config, EVEN_WIDTH, "bf16") for config in valid] + [(pointers, RAGGED_WIDTH, "bf16")]
+        if kind == "i8":
+            # What is stored takes shared memory too: every tile that may write fp32 does so, one writes accumulators.
+            wide = _problem(WEIGHT_FORMATS["w8"], 1, arch, output_bytes=4)
+            forms += [(config, EVEN_WIDTH, "fp32") for config in valid if is_valid(config, wide)]
+            forms.append((pointers, EVEN_WIDTH, "i32"))
+        for config, width, output in forms:
+            constants, options = dense_product.specialise(config, OUTPUT_TYPES[output], width == EVEN_WIDTH)
             yield Variant(
-                f"dense {kind} {config} K={width}",
+                f"dense {kind} {config} K={width}{_to(output)}",
                 dense_product.dense_product_kernel,
-                _dense_types(config, kind),
+                _dense_types(config, kind, output),
                 constants,
                 options,
                 matrix="int8" if kind == "i8" else "float",
             )
 
 
-def _dense_types(config: Config, kind: str) -> dict[str, str | None]:
+def _dense_types(config: Config, kind: str, output: str) -> dict[str, str | None]:
     scaled = "*fp32" if kind == "i8" else None
     operands = {"x": config.block_m, "w": config.block_n}
     types = {
         name: f"tensordesc<{kind}[{rows}, {config.block_k}]>" if config.descriptors else f"*{kind}"
         for name, rows in operands.items()
     }
-    return dict(**types, sx=scaled, scale=scaled, bias="*bf16", y="*bf16")
+    return dict(**types, sx=scaled, scale=scaled, bias=None if output == "i32" else "*bf16", y=f"*{output}")
 
 
 def _expansion(fmt: WeightFormat) -> Iterator[Variant]:

@@ -25,9 +25,19 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 ROW_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+def family(capability: int) -> int:
+    """The major version, whose devices share matrix and copy instructions: 10 of 100 and of 103."""
+    return capability // 10
+
+
 def shared_memory(capability: int) -> int:
-    """Bytes that one thread block may use on ``capability``; of one not listed, the smallest that any has."""
-    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    """Bytes that one thread block may use on ``capability``; where it is not listed, the least of its
+    family, or of any.
+    """
+    if capability in SHARED_MEMORY:
+        return SHARED_MEMORY[capability]
+    related = [size for known, size in SHARED_MEMORY.items() if family(known) == family(capability)]
+    return min(related or SHARED_MEMORY.values())
 
 
 def cdiv(extent: int, block: int) -> int:
@@ -54,6 +64,7 @@ class Problem:
         activation_bytes: 1 for int8, 2 for 16-bit, 4 for fp32 activations.
         capability: 10 * major + minor.
         multiprocessors: of the device.
+        output_bytes: of one element of the result: 2, or 4 for fp32 and for accumulators as they are.
     """
 
     rows: int
@@ -63,6 +74,7 @@ class Problem:
     fmt: WeightFormat
     capability: int
     multiprocessors: int
+    output_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -160,22 +172,21 @@ def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
     return Arithmetic(rounds_weight=dense, rounds_bias=cublas, matrix_instructions=True)
 
 
-OUTPUT_BYTES = 2
 BARRIER_BYTES = 64
-WARPGROUP_CAPABILITIES = (90, 100)  # matrix instructions of warpgroups, which read operands from shared memory
+WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read without bank conflicts
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
-    """Shared memory of the loop's operands, all stages."""
+    """Shared memory of the loop's operands, all stages, and of what is stored while they are loaded."""
     if config.route == "small":
         return 0
     if config.route == "in_loop":
         weights = config.block_n * HALF_BLOCK * (2 if problem.fmt.bits == 8 else 1)
         return config.num_stages * (2 * config.block_m * HALF_BLOCK * problem.activation_bytes + weights)
     # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
-    output = config.block_m * config.block_n * OUTPUT_BYTES + BARRIER_BYTES if config.descriptors else 0
+    output = config.block_m * config.block_n * problem.output_bytes + BARRIER_BYTES if config.descriptors else 0
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output
 
 
@@ -184,7 +195,7 @@ def _registers_suffice(config: Config, problem: Problem) -> bool:
     if config.route == "small":
         return True
     accumulators = config.block_m * config.block_n // (32 * config.num_warps)
-    warpgroups = problem.capability in WARPGROUP_CAPABILITIES
+    warpgroups = family(problem.capability) in WARPGROUP_FAMILIES
     if config.route != "in_loop":
         return accumulators <= (128 if warpgroups else 64)
     # Decoded in the loop. Without warpgroup instructions the activations pass through registers as well.
@@ -238,16 +249,16 @@ def is_valid(config: Config, problem: Problem) -> bool:
         return False  # the scratch would cost more than the product
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
-    if config.descriptors and problem.capability not in WARPGROUP_CAPABILITIES:
+    if config.descriptors and family(problem.capability) not in WARPGROUP_FAMILIES:
         return False  # sm_80 has no copy engine; without warpgroups, on sm_120, the loop is five times as long
     if config.descriptors and problem.in_features * problem.activation_bytes % 16:
         return False  # the copy engine wants rows of whole 16 bytes
-    if config.block_k and config.block_m < WARPGROUP_ROWS and problem.capability == 90:
+    if config.block_k and config.block_m < WARPGROUP_ROWS and family(problem.capability) == 9:
         return False  # the older matrix instruction reaches three quarters of Hopper's rate
     decodes_to_16_bits = config.route == "in_loop" and problem.fmt.bits == 4 and problem.activation_bytes > 1
-    if decodes_to_16_bits and config.block_m > 64 and problem.capability == 100:
+    if decodes_to_16_bits and config.block_m > 64 and family(problem.capability) == 10:
         return False  # spills, and with groups of 32 Triton 3.7 leaves out the whole product
-    if config.block_m * config.block_n >= 128 * 256 and problem.capability == 100 and not config.descriptors:
+    if config.block_m * config.block_n >= 128 * 256 and family(problem.capability) == 10 and not config.descriptors:
         return False  # addresses and masks are too many for the registers
     return shared_bytes(config, problem) <= shared_memory(problem.capability) and _registers_suffice(config, problem)
 
@@ -282,7 +293,7 @@ def estimate(config: Config, problem: Problem) -> float:
         return 0.0  # where the small product is valid, nothing reads the weights faster
     if config.block_m:
         cost = _tiled_cost(config.block_m, config.block_n, problem)
-        if problem.capability in WARPGROUP_CAPABILITIES and not config.descriptors:
+        if family(problem.capability) in WARPGROUP_FAMILIES and not config.descriptors:
             cost *= POINTER_COST
     else:
         cost = CUBLAS_COST * min(_tiled_cost(*tile, problem) for tile in CUBLAS_TILES)

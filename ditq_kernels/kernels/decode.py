@@ -49,6 +49,83 @@ DECODE_FOUR = tl.constexpr(
 )
 DECODE_FOUR_CONSTRAINTS = tl.constexpr("=&r,=r" + ",r" * 9)
 
+# ---- 4-bit weights to floats ----
+# A nibble becomes a float by being put into one's bits, and a multiply-add with its group's terms makes m * (u - z) of
+# it. Every element brings terms of its own: which elements share a register is the compiler's to decide, and they may
+# be of different outputs. High nibbles stay where they are, where they are worth sixteen times as much.
+
+
+def _two_nibble_pairs(kind: str, source: str, selector: str, low: int, high: int, terms: tuple[int, ...]) -> str:
+    """Assembly: two bytes of ``source``, set apart by zero bytes, to a pair from their low and one from their high
+    nibbles.
+    """
+    m_low, a_low, m_high, a_high = terms
+    return f"""
+    prmt.b32 bytes, {source}, 0, {selector};
+    and.b32 codes, bytes, 0x000F000F;
+    fma.rn.{kind} ${low}, codes, ${m_low}, ${a_low};
+    and.b32 codes, bytes, 0x00F000F0;
+    fma.rn.{kind} ${high}, codes, ${m_high}, ${a_high};"""
+
+
+def _two_nibbles(kind: str) -> str:
+    """$0, $1: pairs from the low and the high nibbles of the two bytes $2; $3 .. $6: pairs of terms."""
+    pairs = _two_nibble_pairs(kind, "bytes", "0x4140", 0, 1, (3, 4, 5, 6))
+    return "{\n    .reg .b32 bytes, codes;\n    cvt.u32.u16 bytes, $2;" + pairs + "\n}"
+
+
+def _four_nibbles(kind: str) -> str:
+    """$0, $1 and $2, $3: pairs from the low and the high nibbles of the four bytes $4; $5 .. $12: terms in two pairs
+    each.
+    """
+    first = _two_nibble_pairs(kind, "$4", "0x4140", 0, 2, (5, 7, 9, 11))
+    second = _two_nibble_pairs(kind, "$4", "0x4342", 1, 3, (6, 8, 10, 12))
+    return "{\n    .reg .b32 bytes, codes;" + first + second + "\n}"
+
+
+TWO_NIBBLES_TO_BF16 = tl.constexpr(_two_nibbles("bf16x2"))
+TWO_NIBBLES_TO_FP16 = tl.constexpr(_two_nibbles("f16x2"))
+TWO_NIBBLES_CONSTRAINTS = tl.constexpr("=&r,=&r,h,r,r,r,r")
+FOUR_NIBBLES_TO_BF16 = tl.constexpr(_four_nibbles("bf16x2"))
+FOUR_NIBBLES_TO_FP16 = tl.constexpr(_four_nibbles("f16x2"))
+FOUR_NIBBLES_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 9)
+
+
+def _bytes_under(pattern: str, first: int) -> str:
+    """Assembly: the four bytes of ``codes``, each as the third-highest byte of ``pattern``, to $first .. $first + 3."""
+    return "".join(f"\n    prmt.b32 ${first + i}, codes, {pattern}, 0x75{i}4;" for i in range(4))
+
+
+# $0 .. $3 and $4 .. $7: the low and the high nibbles of the four bytes $8, under the exponent of 2**15, where the
+# third-highest byte counts ones.
+NIBBLES_TO_FP32 = tl.constexpr(
+    "{\n    .reg .b32 codes;\n    and.b32 codes, $8, 0x0F0F0F0F;"
+    + _bytes_under("0x47000000", 0)
+    + "\n    and.b32 codes, $8, 0xF0F0F0F0;"
+    + _bytes_under("0x47000000", 4)
+    + "\n}"
+)
+NIBBLES_TO_FP32_CONSTRAINTS = tl.constexpr("=&f" + ",=&f" * 7 + ",r")
+FP32_BASE = tl.constexpr(1 << 15)
+
+
+@triton.constexpr_function
+def float_unit(dtype, compiled):
+    """What the integer 1 becomes in :func:`load_halves_as`, whose products are multiplied by its inverse: a power of
+    two for which multipliers of codes, up to 16, are numbers of ``dtype``.
+    """
+    if not compiled or dtype == tl.float32:
+        return 1.0
+    return 2.0**-10 if dtype == tl.bfloat16 else 2.0**-14
+
+
+@triton.constexpr_function
+def _code_unit(dtype):
+    """What the last bit of a 16-bit float is worth where its exponent's bits are zero: a byte there needs no
+    conversion. (The multiply-adds take such numbers as they are.)
+    """
+    return 2.0**-133 if dtype == tl.bfloat16 else 2.0**-24
+
 
 @triton.constexpr_function
 def matrix_operand_type(dtype, compiled):
@@ -112,6 +189,28 @@ def _decode(codes, group):
 
 
 @triton.jit
+def _load_int8(qweight, n, K, row_bytes, step, PART: tl.constexpr, EVEN_K: tl.constexpr):
+    """(low, high): int8 [BLOCK_N, PART] each, 8-bit weights as stored."""
+    _, k = part_of_block(step, PART)
+    k_low = (k + tl.arange(0, PART))[None, :]
+    weights = qweight + n.to(tl.int64)[:, None] * row_bytes + k_low
+    if EVEN_K:
+        return tl.load(weights), tl.load(weights + HALF_BLOCK)
+    else:
+        low = tl.load(weights, mask=k_low < K, other=0)
+        return low, tl.load(weights + HALF_BLOCK, mask=k_low + HALF_BLOCK < K, other=0)
+
+
+@triton.jit
+def _load_bytes(qweight, n, row_bytes, step, PART: tl.constexpr):
+    """uint8 [BLOCK_N, PART]: 4-bit weights as stored, codes of the low half in low and of the high half in high
+    nibbles.
+    """
+    byte, _ = part_of_block(step, PART)
+    return tl.load(qweight + n.to(tl.int64)[:, None] * row_bytes + (byte + tl.arange(0, PART))[None, :])
+
+
+@triton.jit
 def load_halves(
     qweight,
     n,
@@ -127,25 +226,18 @@ def load_halves(
 ):
     """(low, high): int8 [BLOCK_N, PART] each, the integers of outputs ``n`` at inputs k .. k + PART - 1 and k + 64 .. k
     + 64 + PART - 1 of part ``step``, whose groups hold ``parameters_low`` and ``parameters_high``.
+
+    Compiled, it is right only where the four bytes of a register are of one output: so they are where k runs along the
+    registers, which :mod:`.packed_operands` sees to.
     """
-    byte, k = part_of_block(step, PART)
-    part = tl.arange(0, PART)
-    row = qweight + n.to(tl.int64)[:, None] * row_bytes
     if BITS == 8:
-        k_low = (k + part)[None, :]
-        weights = row + k_low
-        if EVEN_K:
-            low = tl.load(weights)
-            high = tl.load(weights + HALF_BLOCK)
-        else:
-            low = tl.load(weights, mask=k_low < K, other=0)
-            high = tl.load(weights + HALF_BLOCK, mask=k_low + HALF_BLOCK < K, other=0)
+        return _load_int8(qweight, n, K, row_bytes, step, PART, EVEN_K)
     else:
-        stored = tl.load(row + (byte + part)[None, :])
+        stored = _load_bytes(qweight, n, row_bytes, step, PART)
         group_low = parameters_low.to(tl.int32)[:, None]
         group_high = parameters_high.to(tl.int32)[:, None]
         if COMPILED:
-            low, high = tl.inline_asm_elementwise(
+            return tl.inline_asm_elementwise(
                 DECODE_FOUR,
                 DECODE_FOUR_CONSTRAINTS,
                 [stored, group_low, group_high],
@@ -154,5 +246,85 @@ def load_halves(
                 pack=4,
             )
         else:
-            low, high = _decode(stored & 0xF, group_low), _decode(stored >> 4, group_high)
-    return low, high
+            return _decode(stored & 0xF, group_low), _decode(stored >> 4, group_high)
+
+
+@triton.jit
+def _terms(group, base: tl.constexpr, code_unit: tl.constexpr, unit: tl.constexpr, dtype: tl.constexpr):
+    """(multiplier, addend), [BLOCK_N, 1] each, of group bytes ``group``: what makes ``m * (u - z)``, in units of
+    ``unit``, of a code that reads ``(base + u) * code_unit``. All are exact.
+    """
+    multiplier = ((group.to(tl.int32) >> 4) + 1)[:, None]
+    addend = -(multiplier * ((group.to(tl.int32) & 0xF) + base)[:, None])
+    return (multiplier.to(tl.float32) * (unit / code_unit)).to(dtype), (addend.to(tl.float32) * unit).to(dtype)
+
+
+@triton.jit
+def _decode_to_pairs(stored, group_low, group_high, dtype: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(low, high) halves of ``stored`` in ``dtype``, bf16 or fp16, in units of ``float_unit(dtype, True)``."""
+    unit: tl.constexpr = float_unit(dtype, True)
+    code_unit: tl.constexpr = _code_unit(dtype)
+    m_low, a_low = _terms(group_low, 0, code_unit, unit, dtype)
+    m_high, a_high = _terms(group_high, 0, 16 * code_unit, unit, dtype)
+    if AT_ONCE == 2:
+        return tl.inline_asm_elementwise(
+            TWO_NIBBLES_TO_BF16 if dtype == tl.bfloat16 else TWO_NIBBLES_TO_FP16,
+            TWO_NIBBLES_CONSTRAINTS,
+            [stored, m_low, a_low, m_high, a_high],
+            dtype=(tl.bfloat16, tl.bfloat16) if dtype == tl.bfloat16 else (tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            FOUR_NIBBLES_TO_BF16 if dtype == tl.bfloat16 else FOUR_NIBBLES_TO_FP16,
+            FOUR_NIBBLES_CONSTRAINTS,
+            [stored, m_low, a_low, m_high, a_high],
+            dtype=(tl.bfloat16, tl.bfloat16) if dtype == tl.bfloat16 else (tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def load_halves_as(
+    qweight,
+    n,
+    K,
+    row_bytes,
+    step,
+    parameters_low,
+    parameters_high,
+    BITS: tl.constexpr,
+    PART: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPILED: tl.constexpr,
+    dtype: tl.constexpr,
+    AT_ONCE: tl.constexpr = 4,
+):
+    """:func:`load_halves` in ``dtype`` (bf16, fp16 or fp32), in any layout: of 4-bit weights in units of
+    ``float_unit(dtype, COMPILED)``. ``AT_ONCE``: the bytes that one piece of assembly decodes to 16 bits, 2 or 4.
+    """
+    if BITS == 8:
+        low, high = _load_int8(qweight, n, K, row_bytes, step, PART, EVEN_K)
+        return low.to(dtype), high.to(dtype)
+    else:
+        stored = _load_bytes(qweight, n, row_bytes, step, PART)
+        if not COMPILED:
+            low = _decode(stored & 0xF, parameters_low.to(tl.int32)[:, None])
+            high = _decode(stored >> 4, parameters_high.to(tl.int32)[:, None])
+            return low.to(dtype), high.to(dtype)
+        elif dtype == tl.float32:
+            low, high = tl.inline_asm_elementwise(
+                NIBBLES_TO_FP32,
+                NIBBLES_TO_FP32_CONSTRAINTS,
+                [stored],
+                dtype=(tl.float32, tl.float32),
+                is_pure=True,
+                pack=4,
+            )
+            m_low, a_low = _terms(parameters_low, FP32_BASE, 1, 1, tl.float32)
+            m_high, a_high = _terms(parameters_high, FP32_BASE // 16, 16, 1, tl.float32)
+            return low * m_low + a_low, high * m_high + a_high
+        else:
+            return _decode_to_pairs(stored, parameters_low, parameters_high, dtype, AT_ONCE)

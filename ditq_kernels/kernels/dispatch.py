@@ -26,15 +26,25 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)  # what measurements of the ext
 
 @functools.lru_cache(maxsize=4096)
 def _problem(
-    rows: int, out_features: int, in_features: int, activation_bytes: int, fmt: WeightFormat, device: Device
+    rows: int,
+    out_features: int,
+    in_features: int,
+    activation_bytes: int,
+    fmt: WeightFormat,
+    device: Device,
+    output_bytes: int,
 ) -> Problem:
-    return Problem(rows, out_features, in_features, activation_bytes, fmt, device.capability, device.multiprocessors)
+    place = device.capability, device.multiprocessors
+    return Problem(rows, out_features, in_features, activation_bytes, fmt, *place, output_bytes)
 
 
-def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat) -> Problem:
-    """What a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` is chosen by."""
+def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: torch.dtype | None = None) -> Problem:
+    """What a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` is chosen by; ``out_dtype`` None: the dtype of
+    ``x``, or one of 16 bits if ``x`` is int8.
+    """
     rows, in_features = x.shape
-    return _problem(row_class(rows), out_features, in_features, x.element_size(), fmt, describe(x.device))
+    output_bytes = out_dtype.itemsize if out_dtype else max(x.element_size(), 2)
+    return _problem(row_class(rows), out_features, in_features, x.element_size(), fmt, describe(x.device), output_bytes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -47,7 +57,7 @@ def _chosen(
     device: Device,
     out_dtype: torch.dtype,
 ) -> Config:
-    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device)
+    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device, out_dtype.itemsize)
     return tables.choose(problem, device.name, extension=out_dtype in HALF_PRECISION)
 
 

@@ -18,14 +18,15 @@ def epilogue(acc, sx, scale, bias, m, n, RAW: tl.constexpr):
     """
     if RAW:
         return acc
-    y = acc.to(tl.float32)
-    if sx is not None:
-        y = y * tl.load(sx + m)
-    if scale is not None:
-        y = y * tl.load(scale + n)
-    if bias is not None:
-        y = y + tl.load(bias + n).to(tl.float32)
-    return y
+    else:  # in a branch of its own: the compiler wants one type of all it reaches, and reaches what follows a return
+        y = acc.to(tl.float32)
+        if sx is not None:
+            y = y * tl.load(sx + m)
+        if scale is not None:
+            y = y * tl.load(scale + n)
+        if bias is not None:
+            y = y + tl.load(bias + n).to(tl.float32)
+        return y
 
 
 @triton.jit

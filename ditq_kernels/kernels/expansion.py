@@ -17,7 +17,7 @@ from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from ..layer.packing import BLOCK as _BLOCK
 from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, part_of_block
+from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, load_halves_as, part_of_block
 from .dense_product import dense_product
 from .interpreter import interpreting
 from .operands import Operands
@@ -53,15 +53,18 @@ def expansion_kernel(
     step = tl.program_id(1)
     n = first + tl.where(row < count, row, 0)
     p_low, p_high = load_group_parameters(scale, group_code, n, N, groups, step, BITS, GROUP, PROMOTED, PART)
-    low, high = load_halves(qweight, n, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
-    if expanded.dtype.element_ty != tl.int8:
+    stored = qweight, n, K, row_bytes, step, p_low, p_high
+    if expanded.dtype.element_ty == tl.int8:
+        low, high = load_halves(*stored, BITS, PART, EVEN_K, COMPILED)
+    else:
+        low, high = load_halves_as(*stored, BITS, PART, EVEN_K, COMPILED, tl.float32)
         if PROMOTED:
             s_low, s_high = p_low, p_high
         else:
             s_low = tl.load(scale + n)
             s_high = s_low
-        low = low.to(tl.float32) * s_low[:, None]
-        high = high.to(tl.float32) * s_high[:, None]
+        low = low * s_low[:, None]
+        high = high * s_high[:, None]
     _, k = part_of_block(step, PART)
     k = (k + tl.arange(0, PART))[None, :]
     out = expanded + row.to(tl.int64)[:, None] * K

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from .config import GRADIENT_TILE, cdiv, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
+from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves_as, matrix_operand_type, part_of_block
 from .device import launch_device
 from .expansion import expanded_gradient
 from .interpreter import interpreting
@@ -54,15 +54,16 @@ def grad_input_kernel(
         inside = n < N
         n_read = tl.where(inside, n, 0)
         p_low, p_high = load_group_parameters(scale, group_code, n_read, N, groups, step, BITS, GROUP, PROMOTED, PART)
-        low, high = load_halves(qweight, n_read, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
+        stored = qweight, n_read, K, row_bytes, step, p_low, p_high
+        low, high = load_halves_as(*stored, BITS, PART, EVEN_K, COMPILED, tl.float32)
         if PROMOTED:
             s_low, s_high = p_low, p_high
         else:
             s_low = tl.load(scale + n_read)
             s_high = s_low
         g = tl.load(grad_row + n_read[None, :], mask=inside[None, :], other=0)  # [BLOCK_M, BLOCK_N]
-        w_low = (low.to(tl.float32) * s_low[:, None]).to(g.dtype).to(operand_type)
-        w_high = (high.to(tl.float32) * s_high[:, None]).to(g.dtype).to(operand_type)
+        w_low = (low * s_low[:, None]).to(g.dtype).to(operand_type)
+        w_high = (high * s_high[:, None]).to(g.dtype).to(operand_type)
         g = g.to(operand_type)
         total_low = tl.dot(g, w_low, total_low)
         total_high = tl.dot(g, w_high, total_high)

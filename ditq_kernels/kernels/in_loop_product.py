@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 
 from ..layer.formats import WeightFormat
-from .config import Config, cdiv, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, matrix_operand_type, part_of_block
+from .config import Config, cdiv, columns_per_part, family
+from .decode import (
+    BLOCK,
+    HALF_BLOCK,
+    float_unit,
+    load_group_parameters,
+    load_halves,
+    load_halves_as,
+    matrix_operand_type,
+    part_of_block,
+)
+from .device import describe
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
 from .operands import Operands
@@ -53,6 +63,7 @@ def in_loop_product_kernel(
     EVEN_K: tl.constexpr,
     COMPILED: tl.constexpr,
     PART: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -78,13 +89,16 @@ def in_loop_product_kernel(
             p_low, p_high = load_group_parameters(
                 scale, group_code, n_read, N, groups, step, BITS, GROUP, PROMOTED, PART
             )
-            low, high = load_halves(qweight, n_read, K, row_bytes, step, p_low, p_high, BITS, PART, EVEN_K, COMPILED)
+            stored = qweight, n_read, K, row_bytes, step, p_low, p_high
+            if integer:
+                low, high = load_halves(*stored, BITS, PART, EVEN_K, COMPILED)
+            else:
+                low, high = load_halves_as(*stored, BITS, PART, EVEN_K, COMPILED, operand_type, AT_ONCE)
             _, k = part_of_block(step, PART)
             k += part
             x_k = x_row + k  # the high half's address differs by a constant, which the load instruction adds
             x_low = _load_activations(x_k, k, K, SILU, EVEN_K).to(operand_type)  # [PART, BLOCK_M]
             x_high = _load_activations(x_k + HALF_BLOCK, k + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
-            low, high = low.to(operand_type), high.to(operand_type)
             if PROMOTED:
                 y_low = tl.dot(low, x_low, out_dtype=accumulator_type)
                 total += y_low.to(tl.float32) * p_low[:, None]
@@ -93,6 +107,8 @@ def in_loop_product_kernel(
             else:
                 total = tl.dot(low, x_low, total, out_dtype=accumulator_type)
                 total = tl.dot(high, x_high, total, out_dtype=accumulator_type)
+    if BITS == 4 and not integer:
+        total = total * (1.0 / float_unit(operand_type, COMPILED))  # exact
     channel_scale = None if PROMOTED else scale
     value = epilogue(total, sx, channel_scale, bias, m_read[None, :], n_read[:, None], RAW)
     store_tile(y, N, value, m[None, :], n[:, None], M, N)
@@ -100,10 +116,10 @@ def in_loop_product_kernel(
 
 @functools.cache
 def specialise(
-    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, even: bool, silu: bool
+    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, even: bool, silu: bool, capability: int
 ) -> tuple[dict[str, int | bool], dict[str, int]]:
     """(compile-time constants, launch options) of :func:`in_loop_product_kernel`; ``even``: whether K is whole
-    blocks.
+    blocks; ``capability``: of the device.
     """
     constants = dict(
         BITS=fmt.bits,
@@ -114,6 +130,8 @@ def specialise(
         EVEN_K=even,
         COMPILED=not interpreting(),
         PART=columns_per_part(fmt),
+        # Hopper's fragments bring neighbours along K in twos, which are not joined to be parted again; others in fours.
+        AT_ONCE=2 if family(capability) == 9 else 4,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
@@ -125,7 +143,8 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
-    constants, options = specialise(config, fmt, operands.out_dtype, in_features % BLOCK.value == 0, operands.silu)
+    even, capability = in_features % BLOCK.value == 0, describe(x.device).capability
+    constants, options = specialise(config, fmt, operands.out_dtype, even, operands.silu, capability)
     in_loop_product_kernel[(cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),)](
         x,
         operands.sx,

@@ -29,31 +29,23 @@ _CHUNK = tl.constexpr(CHUNK_BYTES)
 _CHUNKS_PER_HALF = tl.constexpr(HALF_BLOCK.value // CHUNK_BYTES)
 
 
-def _bytes_to_floats(word: str, first: int, offset: str) -> str:
+def _bytes_to_floats(word: str, first: int) -> str:
     """Assembly: four bytes of register ``word`` to floats $first .. $first + 3. A byte put under the exponent of 2**23
-    is added to it; subtracting ``offset`` takes it off again, exactly.
+    is added to it; subtracting 2**23 takes it off again, exactly.
     """
-    return "".join(
-        f"    prmt.b32 ${first + i}, {word}, 0x4B000000, 0x744{i};\n    sub.f32 ${first + i}, ${first + i}, {offset};\n"
-        for i in range(4)
-    )
+    return "".join(f"    prmt.b32 ${first + i}, {word}, 0x4B000000, 0x744{i};\n" for i in range(4))
 
 
-# Four stored bytes at once. $0..$3: the low nibbles minus their zero point, $4..$7: the high ones; $8: the bytes; then
-# 2**23 + zero point of either half, each in four registers of which one is read: the bytes belong to one group.
+# Four stored bytes at once. $0..$3: 2**23 + the low nibbles, $4..$7: 2**23 + the high ones; $8: the bytes. Zero points
+# are taken off outside, element by element: what the four bytes' groups are does not matter here.
 NIBBLES_TO_FLOATS = tl.constexpr(
     "{\n    .reg .b32 low, high;\n    and.b32 low, $8, 0x0F0F0F0F;\n    shr.u32 high, $8, 4;\n"
-    "    and.b32 high, high, 0x0F0F0F0F;\n"
-    + _bytes_to_floats("low", 0, "$9")
-    + _bytes_to_floats("high", 4, "$13")
-    + "}"
+    "    and.b32 high, high, 0x0F0F0F0F;\n" + _bytes_to_floats("low", 0) + _bytes_to_floats("high", 4) + "}"
 )
-NIBBLES_CONSTRAINTS = tl.constexpr("=&f" + ",=&f" * 7 + ",r" + ",f" * 8)
-# Four int8, their sign bit flipped: 128 more. 0f4B000080 is 2**23 + 128.
+NIBBLES_CONSTRAINTS = tl.constexpr("=&f" + ",=&f" * 7 + ",r")
+# Four int8, their sign bit flipped: 2**23 + 128 more.
 INT8_TO_FLOATS = tl.constexpr(
-    "{\n    .reg .b32 flipped;\n    xor.b32 flipped, $4, 0x80808080;\n"
-    + _bytes_to_floats("flipped", 0, "0f4B000080")
-    + "}"
+    "{\n    .reg .b32 flipped;\n    xor.b32 flipped, $4, 0x80808080;\n" + _bytes_to_floats("flipped", 0) + "}"
 )
 INT8_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,r")
 TWO_TO_23 = tl.constexpr(8388608.0)
@@ -66,14 +58,15 @@ def _codes_minus_zero(stored, zero_low, zero_high, COMPILED: tl.constexpr):
     BLOCK_N, CHUNKS, 1].
     """
     if COMPILED:
-        return tl.inline_asm_elementwise(
+        low, high = tl.inline_asm_elementwise(
             NIBBLES_TO_FLOATS,
             NIBBLES_CONSTRAINTS,
-            [stored, zero_low, zero_high],
+            [stored],
             dtype=(tl.float32, tl.float32),
             is_pure=True,
             pack=4,
         )
+        return low - zero_low, high - zero_high
     else:
         low = (stored & 0xF).to(tl.float32) - (zero_low - TWO_TO_23)
         return low, (stored >> 4).to(tl.float32) - (zero_high - TWO_TO_23)
@@ -82,9 +75,10 @@ def _codes_minus_zero(stored, zero_low, zero_high, COMPILED: tl.constexpr):
 @triton.jit
 def _int8_to_float(stored, COMPILED: tl.constexpr):
     if COMPILED:
-        return tl.inline_asm_elementwise(
+        offset = tl.inline_asm_elementwise(
             INT8_TO_FLOATS, INT8_CONSTRAINTS, [stored], dtype=tl.float32, is_pure=True, pack=4
         )
+        return offset - (TWO_TO_23 + 128)
     else:
         return stored.to(tl.float32)
 

@@ -12,7 +12,7 @@ from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from .case import Case, Mismatch, case_of, equal, within_budget
 from .inputs import activations, generator, stored
-from .products import BF16, FP32, product_a8, product_a16, selectable_of_route
+from .products import BF16, FP32, product_a8, product_a16, selectable
 
 ROWS, OUTPUTS, INPUTS = 20, 72, 256
 MANY_INPUTS = 1136
@@ -86,7 +86,9 @@ def cases(arch: int) -> Iterator[Case]:
         fmt = WEIGHT_FORMATS[name]
         for size, kind in ((1, "i8"), (2, "bf16")):
             for route in ("in_loop", "int8", "expanded"):
-                valid = [config for config in selectable_of_route(fmt, size, arch, route) if config.block_m]
+                valid = [
+                    c for c in selectable(fmt, size, 4 if size == 1 else 2, arch) if c.route == route and c.block_m
+                ]
                 chosen = valid[-1:] + [config for config in valid if config.descriptors][-1:]
                 for config in dict.fromkeys(chosen):
                     label = f"{name} x {kind} {config}"

@@ -27,18 +27,19 @@ A16_INPUTS = ((BF16, True), (FP16, False), (FP32, True))
 EXPANDED_WITH_EVERY_TILE = ("w8_g32", "w4_g128")
 
 
-def selectable(fmt: WeightFormat, activation_bytes: int, arch: int) -> list[Config]:
+@functools.lru_cache(maxsize=4096)
+def selectable(fmt: WeightFormat, activation_bytes: int, output_bytes: int, arch: int) -> tuple[Config, ...]:
     """Every configuration but the extension's that is valid for some rows and inputs, in the table's order."""
-    found = []
-    for route in CONFIGS.values():
-        for config in route:
-            problems = (
-                Problem(rows, EVEN_INPUTS, inputs, activation_bytes, fmt, arch, MULTIPROCESSORS)
-                for rows, inputs in itertools.product(ROW_CLASSES, (EVEN_INPUTS, RAGGED_INPUTS))
-            )
-            if config.route != "cuda" and any(is_valid(config, problem) for problem in problems):
-                found.append(config)
-    return found
+    problems = [
+        Problem(rows, EVEN_INPUTS, inputs, activation_bytes, fmt, arch, MULTIPROCESSORS, output_bytes)
+        for rows, inputs in itertools.product(ROW_CLASSES, (EVEN_INPUTS, RAGGED_INPUTS))
+    ]
+    return tuple(
+        config
+        for route in CONFIGS.values()
+        for config in route
+        if config.route != "cuda" and any(is_valid(config, problem) for problem in problems)
+    )
 
 
 def ragged_shape(config: Config, number: int) -> tuple[int, int, int]:
@@ -103,8 +104,10 @@ def identity(fmt: WeightFormat, config: Config, kind: torch.dtype):
 
 def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
     for activation_bytes in (1, 2, 4):
-        for number, config in enumerate(selectable(fmt, activation_bytes, arch)):
-            first = config == selectable_of_route(fmt, activation_bytes, arch, config.route)[0]
+        seen = set()
+        for number, config in enumerate(selectable(fmt, activation_bytes, max(2, activation_bytes), arch)):
+            first = config.route not in seen
+            seen.add(config.route)
             if config.route != "expanded" or not config.block_m or first or fmt.name in EXPANDED_WITH_EVERY_TILE:
                 yield from _of_config(fmt, activation_bytes, config, number, first, arch)
 
@@ -117,6 +120,7 @@ def _of_config(
         kinds = [kind for kind in A8_OUTPUTS if kind[0] != torch.int32 or not fmt.promoted]
     else:
         kinds = [kind for kind in A16_INPUTS if kind[0].itemsize == activation_bytes]
+    kinds = [kind for kind in kinds if config in selectable(fmt, activation_bytes, kind[0].itemsize, arch)]
     ragged = kinds[number % len(kinds)]
     for shape, (dtype, biased) in [(even_shape(config), kind) for kind in kinds] + [
         (ragged_shape(config, number), ragged)
@@ -138,12 +142,6 @@ def _of_config(
     if config.route == "small":
         arguments = fmt, (config.block_m, 13, 130), config, entering, True, arch
         yield case_of("small", f"{label} {config} K=130", product_a16, *arguments)
-
-
-@functools.lru_cache(maxsize=1024)
-def selectable_of_route(fmt: WeightFormat, activation_bytes: int, arch: int, route: str) -> tuple[Config, ...]:
-    """The part of :func:`selectable` that belongs to one route."""
-    return tuple(config for config in selectable(fmt, activation_bytes, arch) if config.route == route)
 
 
 def _chosen(fmt: WeightFormat, arch: int) -> Iterator[Case]:
