@@ -40,6 +40,15 @@ def _load_activations(pointer, k, K, SILU: tl.constexpr, EVEN_K: tl.constexpr):
     return silu(x) if SILU else x
 
 
+@triton.jit
+def _awaited(total):
+    """fp32 ``total``, through an instruction that is none. On Hopper, Triton leaves the last product of a turn on its
+    way into the next turn, which overwrites the registers that it takes the weights from; a use of its sum makes it
+    wait. (Products of int8 are waited for anyway.)
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["M"])
 def in_loop_product_kernel(
     x,
@@ -107,6 +116,8 @@ def in_loop_product_kernel(
             else:
                 total = tl.dot(low, x_low, total, out_dtype=accumulator_type)
                 total = tl.dot(high, x_high, total, out_dtype=accumulator_type)
+                if COMPILED and not integer:
+                    total = _awaited(total)
     if BITS == 4 and not integer:
         total = total * (1.0 / float_unit(operand_type, COMPILED))  # exact
     channel_scale = None if PROMOTED else scale
