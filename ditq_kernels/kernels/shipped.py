@@ -57,8 +57,8 @@ def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) 
     forms += [(valid[-1], EVEN_WIDTH, True, "bf16")] if kind != "i8" else []
     forms += [(valid[0], EVEN_WIDTH, False, "i32")] if kind == "i8" and not fmt.promoted else []
     for config, width, silu, output in forms:
-        even = width == EVEN_WIDTH
-        constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch)
+        even, integer = width == EVEN_WIDTH, kind == "i8"
+        constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch, integer)
         bias = None if output == "i32" else "*bf16"
         types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias=bias, y=f"*{output}")
         types |= _weight_types(fmt)
