@@ -11,7 +11,7 @@ from oracle import activations, assert_within_budget, linear
 
 from ditq_kernels import QuantLinear, reference
 from ditq_kernels.formats import WEIGHT_FORMATS
-from ditq_kernels.kernels import config, dense_product, dispatch, expansion, gradient, in_loop_product
+from ditq_kernels.kernels import config, dense_product, dispatch, expansion, gradient, in_loop_product, small_product
 from ditq_kernels.kernels.config import CONFIGS, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
@@ -128,6 +128,13 @@ def test_int8_products_are_compiled_without_fused_multiply_adds():
         _, options = in_loop_product.specialise(IN_LOOP, fmt, torch.float32, True, False, 90, True)
         assert options["enable_fp_fusion"] is False
     assert dense_product.specialise(INT8, torch.float32, True)[1]["enable_fp_fusion"] is False
+
+
+def test_few_rows_of_fp32_are_summed_alike_by_all_lanes():
+    """A multiply-add fused into the sum over lanes gives each lane another sum."""
+    for dtype in DTYPES:
+        _, options = small_product.specialise(SMALL[0], WEIGHT_FORMATS["w8"], False, dtype)
+        assert options["enable_fp_fusion"] is (dtype != torch.float32)
 
 
 @formats

@@ -81,7 +81,9 @@ def _small(fmt: WeightFormat) -> Iterator[Variant]:
     for config in CONFIGS["small"][-1:] if shorter else CONFIGS["small"]:
         last = config is CONFIGS["small"][-1]
         for kind, silu in (("bf16", False), *((("bf16", True), (WIDEST_TYPE, False)) if last else ())):
-            constants, options = small_product.specialise(config, fmt, silu)
+            constants, options = small_product.specialise(
+                config, fmt, silu, torch.float32 if kind == WIDEST_TYPE else torch.bfloat16
+            )
             types = dict(x=f"*{kind}", bias=f"*{kind}", y=f"*{kind}", **_weight_types(fmt))
             name = f"{fmt.name} x {kind} {config}{' silu' if silu else ''}"
             yield Variant(name, small_product.small_product_kernel, types, constants, options)
