@@ -9,7 +9,7 @@ import torch
 from oracle import activations, assert_product, linear
 
 from ditq_kernels import QuantLinear
-from ditq_kernels.kernels import config, dispatch, expansion, gradient
+from ditq_kernels.kernels import config, dense_product, dispatch, expansion, gradient, in_loop_product, small_product
 from ditq_kernels.kernels.config import CONFIGS, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
@@ -107,6 +107,34 @@ def test_expanded_products(fmt, shape, tile, device):
 @formats
 def test_products_expanded_for_cublas(fmt, shape, device):
     check_a16(fmt, shape, Config("expanded"), device, DTYPES)
+
+
+@formats
+def test_fp32_outputs_of_int8_products_are_the_references_bit_for_bit(fmt, device):
+    """Groups in ascending order, then activation scale, channel scale and bias, each operation rounded once."""
+    tiles = [IN_LOOP] + [INT8] * (fmt.name == "w8") + [EXPANDED] * fmt.two_level
+    for shape in ((17, 80, 130), (33, 72, 384)):
+        weight, bias = stored(fmt, *shape[1:], device)
+        qx, sx = reference.quantize_activation(activations(shape[0], shape[2], torch.float32, device))
+        expected = reference.linear_a8(qx, sx, weight, bias, torch.float32)
+        for tile in tiles:
+            tile = dataclasses.replace(tile, block_k=128) if tile.route == "expanded" else tile
+            assert torch.equal(dispatch.linear_a8(qx, sx, weight, bias, torch.float32, tile), expected), tile
+
+
+def test_int8_products_are_compiled_without_fused_multiply_adds():
+    """Which would round once where the reference rounds twice; the interpreter does not show it."""
+    for fmt in WEIGHT_FORMATS.values():
+        _, options = in_loop_product.specialise(IN_LOOP, fmt, torch.float32, True, False, 90, True)
+        assert options["enable_fp_fusion"] is False
+    assert dense_product.specialise(INT8, torch.float32, True)[1]["enable_fp_fusion"] is False
+
+
+def test_few_rows_of_fp32_are_summed_alike_by_all_lanes():
+    """A multiply-add fused into the sum over lanes gives each lane another sum."""
+    for dtype in DTYPES:
+        _, options = small_product.specialise(SMALL[0], WEIGHT_FORMATS["w8"], False, dtype)
+        assert options["enable_fp_fusion"] is (dtype != torch.float32)
 
 
 @formats

@@ -28,6 +28,9 @@ MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 
 
+MOST_MATRIX_WAITS = 4  # of one turn of a loop: one behind each product of a block's parts
+
+
 def failures(variant: Variant, code: MachineCode) -> list[str]:
     """What is wrong with the machine code of ``variant``, a clause each; empty if nothing is."""
     wrong = []
@@ -47,6 +50,8 @@ def failures(variant: Variant, code: MachineCode) -> list[str]:
         wrong.append("its main loop was not recognised")
     if code.mixed_operands:
         wrong.append(f"{code.mixed_operands} pieces of assembly decode bytes of several groups by one")
+    if code.matrix_waits and code.matrix_waits > MOST_MATRIX_WAITS:
+        wrong.append(f"{code.matrix_waits} waits for matrix instructions in a turn of the loop: they are serialized")
     if code.driver_registers not in (None, code.registers):
         wrong.append(f"the driver gives it {code.driver_registers} registers, not {code.registers}")
     if code.driver_spills:

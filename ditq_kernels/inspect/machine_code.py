@@ -50,6 +50,8 @@ class MachineCode:
             the four schedulers of a multiprocessor take to issue one turn of the loop, over those that its matrix units
             take to compute it, the loop's multiply-accumulates over the architecture's rate (:data:`MACS_PER_CLOCK`).
             Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
+        matrix_waits: how often one turn of the loop waits for matrix instructions of warpgroups; None without a loop.
+            ptxas makes each wait for the one before it where it finds that their registers are touched between.
         driver_registers, driver_spills: registers per thread, and words of thread-local memory, that a driver gave the
             kernel when it loaded it; None where none did.
         mixed_operands: pieces of assembly that read one operand for elements that have others
@@ -66,6 +68,7 @@ class MachineCode:
     left_operand: str | None
     loop_instructions: int | None
     issue_slots: float | None
+    matrix_waits: int | None = None
     driver_registers: int | None = None
     driver_spills: int | None = None
     mixed_operands: int = 0
@@ -187,5 +190,6 @@ def read(variant: Variant, arch: int, compiled: CompiledKernel) -> MachineCode:
         left_operand=left_operand(matrix),
         loop_instructions=len(turn) if turn else None,
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
+        matrix_waits=sum(instruction.name == "WARPGROUP.DEPBAR.LE" for instruction in turn) if turn else None,
         mixed_operands=len(disagreeing_calls(compiled.asm["llir"])),
     )

@@ -57,8 +57,8 @@ def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) 
     forms += [(valid[-1], EVEN_WIDTH, True, "bf16")] if kind != "i8" else []
     forms += [(valid[0], EVEN_WIDTH, False, "i32")] if kind == "i8" and not fmt.promoted else []
     for config, width, silu, output in forms:
-        even = width == EVEN_WIDTH
-        constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch)
+        even, integer = width == EVEN_WIDTH, kind == "i8"
+        constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch, integer)
         bias = None if output == "i32" else "*bf16"
         types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias=bias, y=f"*{output}")
         types |= _weight_types(fmt)
@@ -81,7 +81,9 @@ def _small(fmt: WeightFormat) -> Iterator[Variant]:
     for config in CONFIGS["small"][-1:] if shorter else CONFIGS["small"]:
         last = config is CONFIGS["small"][-1]
         for kind, silu in (("bf16", False), *((("bf16", True), (WIDEST_TYPE, False)) if last else ())):
-            constants, options = small_product.specialise(config, fmt, silu)
+            constants, options = small_product.specialise(
+                config, fmt, silu, torch.float32 if kind == WIDEST_TYPE else torch.bfloat16
+            )
             types = dict(x=f"*{kind}", bias=f"*{kind}", y=f"*{kind}", **_weight_types(fmt))
             name = f"{fmt.name} x {kind} {config}{' silu' if silu else ''}"
             yield Variant(name, small_product.small_product_kernel, types, constants, options)

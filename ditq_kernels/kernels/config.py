@@ -200,6 +200,9 @@ def _registers_suffice(config: Config, problem: Problem) -> bool:
         return accumulators <= (128 if warpgroups else 64)
     # Decoded in the loop. Without warpgroup instructions the activations pass through registers as well.
     if problem.fmt.promoted:
+        whole_groups = problem.activation_bytes == 1 and problem.fmt.group == 2 * HALF_BLOCK
+        if whole_groups and family(problem.capability) == 8 and (config.block_m, config.num_warps) == (64, 8):
+            return False  # ptxas holds it to 128 registers, two too few
         accumulators *= 2  # the partial sum beside the total
         if problem.activation_bytes > 1:
             accumulators *= 2 if warpgroups or config.block_n <= 64 else 4

@@ -2,7 +2,7 @@
 
 All products walk K in blocks of 128 and take a block as two halves of 64, the way the 4-bit layout stores them, in
 parts of ``PART`` columns that lie within one group. Eight-bit weights are walked in the same way, so that every kernel
-has one loop.
+has one loop; only that their two parts of a step are neighbours, so that groups come in ascending order.
 """
 
 from __future__ import annotations
@@ -135,12 +135,21 @@ def matrix_operand_type(dtype, compiled):
     return tl.float32 if dtype == tl.bfloat16 and not compiled else dtype
 
 
+@triton.constexpr_function
+def between_halves(bits, part):
+    """How many inputs the high half of a step lies behind the low one."""
+    return _HALF_BLOCK if bits == 4 else part
+
+
 @triton.jit
-def part_of_block(step, PART: tl.constexpr):
+def part_of_block(step, BITS: tl.constexpr, PART: tl.constexpr):
     """(first byte of the part within a row, first input of its low half) of loop step ``step``."""
-    block = (step * PART) // HALF_BLOCK
-    offset = step * PART - block * HALF_BLOCK
-    return block * HALF_BLOCK + offset, block * BLOCK + offset
+    if BITS == 8:
+        return step * (2 * PART), step * (2 * PART)
+    else:
+        block = (step * PART) // HALF_BLOCK
+        offset = step * PART - block * HALF_BLOCK
+        return block * HALF_BLOCK + offset, block * BLOCK + offset
 
 
 @triton.jit
@@ -172,13 +181,14 @@ def load_group_parameters(
         return n, n
     else:
         parameters = scale if PROMOTED else group_code
-        _, k = part_of_block(step, PART)
+        _, k = part_of_block(step, BITS, PART)
         outputs = parameters + n
         low = tl.load(outputs + group_index(k, groups, GROUP).to(tl.int64) * N)
         if GROUP == 0 or GROUP >= BLOCK:
             return low, low
         else:
-            return low, tl.load(outputs + group_index(k + HALF_BLOCK, groups, GROUP).to(tl.int64) * N)
+            high = group_index(k + between_halves(BITS, PART), groups, GROUP)
+            return low, tl.load(outputs + high.to(tl.int64) * N)
 
 
 @triton.jit
@@ -191,14 +201,14 @@ def _decode(codes, group):
 @triton.jit
 def _load_int8(qweight, n, K, row_bytes, step, PART: tl.constexpr, EVEN_K: tl.constexpr):
     """(low, high): int8 [BLOCK_N, PART] each, 8-bit weights as stored."""
-    _, k = part_of_block(step, PART)
+    _, k = part_of_block(step, 8, PART)
     k_low = (k + tl.arange(0, PART))[None, :]
     weights = qweight + n.to(tl.int64)[:, None] * row_bytes + k_low
     if EVEN_K:
-        return tl.load(weights), tl.load(weights + HALF_BLOCK)
+        return tl.load(weights), tl.load(weights + between_halves(8, PART))
     else:
         low = tl.load(weights, mask=k_low < K, other=0)
-        return low, tl.load(weights + HALF_BLOCK, mask=k_low + HALF_BLOCK < K, other=0)
+        return low, tl.load(weights + between_halves(8, PART), mask=k_low + between_halves(8, PART) < K, other=0)
 
 
 @triton.jit
@@ -206,7 +216,7 @@ def _load_bytes(qweight, n, row_bytes, step, PART: tl.constexpr):
     """uint8 [BLOCK_N, PART]: 4-bit weights as stored, codes of the low half in low and of the high half in high
     nibbles.
     """
-    byte, _ = part_of_block(step, PART)
+    byte, _ = part_of_block(step, 4, PART)
     return tl.load(qweight + n.to(tl.int64)[:, None] * row_bytes + (byte + tl.arange(0, PART))[None, :])
 
 
@@ -224,8 +234,9 @@ def load_halves(
     EVEN_K: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """(low, high): int8 [BLOCK_N, PART] each, the integers of outputs ``n`` at inputs k .. k + PART - 1 and k + 64 .. k
-    + 64 + PART - 1 of part ``step``, whose groups hold ``parameters_low`` and ``parameters_high``.
+    """(low, high): int8 [BLOCK_N, PART] each, the integers of outputs ``n`` at inputs k .. k + PART - 1 of part
+    ``step`` and at those ``between_halves(BITS, PART)`` further on, whose groups hold ``parameters_low`` and
+    ``parameters_high``.
 
     Compiled, it is right only where the four bytes of a register are of one output: so they are where k runs along the
     registers, which :mod:`.packed_operands` sees to.

@@ -104,7 +104,8 @@ def specialise(config: Config, out_dtype: torch.dtype, even: bool) -> tuple[dict
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    # Each operation of the epilogue rounds once, as in the reference: no fused multiply-add.
+    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False)
 
 
 def takes_descriptors(x: torch.Tensor) -> bool:

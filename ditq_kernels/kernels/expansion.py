@@ -17,7 +17,7 @@ from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from ..layer.packing import BLOCK as _BLOCK
 from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves, load_halves_as, part_of_block
+from .decode import BLOCK, HALF_BLOCK, between_halves, load_group_parameters, load_halves, load_halves_as, part_of_block
 from .dense_product import dense_product
 from .interpreter import interpreting
 from .operands import Operands
@@ -65,12 +65,13 @@ def expansion_kernel(
             s_high = s_low
         low = low * s_low[:, None]
         high = high * s_high[:, None]
-    _, k = part_of_block(step, PART)
+    _, k = part_of_block(step, BITS, PART)
     k = (k + tl.arange(0, PART))[None, :]
     out = expanded + row.to(tl.int64)[:, None] * K
     inside = (row < count)[:, None]
     tl.store(out + k, low.to(expanded.dtype.element_ty), mask=inside & (k < K))
-    tl.store(out + k + HALF_BLOCK, high.to(expanded.dtype.element_ty), mask=inside & (k + HALF_BLOCK < K))
+    between: tl.constexpr = between_halves(BITS, PART)
+    tl.store(out + k + between, high.to(expanded.dtype.element_ty), mask=inside & (k + between < K))
 
 
 @functools.cache

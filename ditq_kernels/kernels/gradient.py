@@ -13,7 +13,15 @@ import triton.language as tl
 from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from .config import GRADIENT_TILE, cdiv, columns_per_part
-from .decode import BLOCK, HALF_BLOCK, load_group_parameters, load_halves_as, matrix_operand_type, part_of_block
+from .decode import (
+    BLOCK,
+    HALF_BLOCK,
+    between_halves,
+    load_group_parameters,
+    load_halves_as,
+    matrix_operand_type,
+    part_of_block,
+)
 from .device import launch_device
 from .expansion import expanded_gradient
 from .interpreter import interpreting
@@ -44,7 +52,7 @@ def grad_input_kernel(
     """One program: BLOCK_M rows of one part of a block, both halves. The reduction runs over the outputs."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     step = tl.program_id(1)
-    _, k = part_of_block(step, PART)
+    _, k = part_of_block(step, BITS, PART)
     grad_row = grad + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_m
     operand_type: tl.constexpr = matrix_operand_type(grad.dtype.element_ty, COMPILED)
     total_low = tl.zeros([BLOCK_M, PART], tl.float32)
@@ -71,7 +79,7 @@ def grad_input_kernel(
     row = grad_x + m.to(tl.int64)[:, None] * K
     rows_inside = (m < M)[:, None]
     tl.store(row + columns, total_low.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
-    columns += HALF_BLOCK
+    columns += between_halves(BITS, PART)
     tl.store(row + columns, total_high.to(grad_x.dtype.element_ty), mask=rows_inside & (columns < K))
 
 

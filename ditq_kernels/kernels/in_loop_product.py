@@ -18,6 +18,7 @@ from .config import Config, cdiv, columns_per_part, family
 from .decode import (
     BLOCK,
     HALF_BLOCK,
+    between_halves,
     float_unit,
     load_group_parameters,
     load_halves,
@@ -91,6 +92,7 @@ def in_loop_product_kernel(
     x_row = x + m_read.to(tl.int64)[None, :] * stride_x
     part = tl.arange(0, PART)[:, None]
     PARTS: tl.constexpr = HALF_BLOCK // PART
+    BETWEEN: tl.constexpr = between_halves(BITS, PART)
     total = tl.zeros([BLOCK_N, BLOCK_M], total_type)
     for block in range(0, tl.cdiv(K, BLOCK)):
         for inside in tl.static_range(PARTS):
@@ -103,12 +105,16 @@ def in_loop_product_kernel(
                 low, high = load_halves(*stored, BITS, PART, EVEN_K, COMPILED)
             else:
                 low, high = load_halves_as(*stored, BITS, PART, EVEN_K, COMPILED, operand_type, AT_ONCE)
-            _, k = part_of_block(step, PART)
+            _, k = part_of_block(step, BITS, PART)
             k += part
             x_k = x_row + k  # the high half's address differs by a constant, which the load instruction adds
             x_low = _load_activations(x_k, k, K, SILU, EVEN_K).to(operand_type)  # [PART, BLOCK_M]
-            x_high = _load_activations(x_k + HALF_BLOCK, k + HALF_BLOCK, K, SILU, EVEN_K).to(operand_type)
-            if PROMOTED:
+            x_high = _load_activations(x_k + BETWEEN, k + BETWEEN, K, SILU, EVEN_K).to(operand_type)
+            if PROMOTED and GROUP >= BLOCK:  # both halves are of one group, whose sum is scaled once
+                partial = tl.dot(low, x_low, out_dtype=accumulator_type)
+                partial = tl.dot(high, x_high, partial, out_dtype=accumulator_type)
+                total += partial.to(tl.float32) * p_low[:, None]
+            elif PROMOTED:
                 y_low = tl.dot(low, x_low, out_dtype=accumulator_type)
                 total += y_low.to(tl.float32) * p_low[:, None]
                 y_high = tl.dot(high, x_high, out_dtype=accumulator_type)
@@ -127,10 +133,10 @@ def in_loop_product_kernel(
 
 @functools.cache
 def specialise(
-    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, even: bool, silu: bool, capability: int
+    config: Config, fmt: WeightFormat, out_dtype: torch.dtype, even: bool, silu: bool, capability: int, integer: bool
 ) -> tuple[dict[str, int | bool], dict[str, int]]:
     """(compile-time constants, launch options) of :func:`in_loop_product_kernel`; ``even``: whether K is whole
-    blocks; ``capability``: of the device.
+    blocks; ``capability``: of the device; ``integer``: whether activations are int8.
     """
     constants = dict(
         BITS=fmt.bits,
@@ -146,7 +152,10 @@ def specialise(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
-    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    # Each operation of epilogue and promotion rounds once, as in the reference: no fused multiply-add. Sums of 16-bit
+    # products have no order that backends share, so there promotion may fuse.
+    fused = fmt.promoted and not integer
+    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=fused)
 
 
 def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
@@ -154,8 +163,15 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
-    even, capability = in_features % BLOCK.value == 0, describe(x.device).capability
-    constants, options = specialise(config, fmt, operands.out_dtype, even, operands.silu, capability)
+    constants, options = specialise(
+        config,
+        fmt,
+        operands.out_dtype,
+        in_features % BLOCK.value == 0,
+        operands.silu,
+        describe(x.device).capability,
+        x.dtype == torch.int8,
+    )
     in_loop_product_kernel[(cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),)](
         x,
         operands.sx,

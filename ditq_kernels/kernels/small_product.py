@@ -163,7 +163,9 @@ def small_product_kernel(
 
 
 @functools.cache
-def specialise(config: Config, fmt: WeightFormat, silu: bool) -> tuple[dict[str, int | bool], dict[str, int]]:
+def specialise(
+    config: Config, fmt: WeightFormat, silu: bool, x_dtype: torch.dtype
+) -> tuple[dict[str, int | bool], dict[str, int]]:
     """(compile-time constants, launch options) of :func:`small_product_kernel`."""
     constants = dict(
         BITS=fmt.bits,
@@ -175,7 +177,10 @@ def specialise(config: Config, fmt: WeightFormat, silu: bool) -> tuple[dict[str,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
-    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    # Where lanes share a chunk, each adds its product to its neighbour's; fused, it would round the neighbour's only,
+    # and lanes would end with different sums. Products of codes and 16-bit activations are exact either way.
+    fused = x_dtype != torch.float32
+    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=fused)
 
 
 def small_product(operands: Operands, config: Config) -> torch.Tensor:
@@ -183,7 +188,7 @@ def small_product(operands: Operands, config: Config) -> torch.Tensor:
     x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
     rows, in_features = x.shape
     out_features = y.shape[1]
-    constants, options = specialise(config, fmt, operands.silu)
+    constants, options = specialise(config, fmt, operands.silu, x.dtype)
     small_product_kernel[(cdiv(out_features, config.block_n),)](
         x,
         weight.qweight,
