@@ -163,6 +163,57 @@ def test_parts_that_do_not_fit_are_named():
         linear_a16(x, qweight, scale, group_code, None, "w4_g64")
 
 
+def spread(tensor):
+    """The same values with others between them."""
+    return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("name", ["w8", "w8_g64", "w4_g64"])
+def test_a_weight_whose_parts_are_not_contiguous_is_refused(name):
+    weight, _ = parts(name)
+    x = activations(3, 150, torch.bfloat16, CPU)
+    codes, grad = torch.ops.ditq.quantize_activation(x, None), activations(3, 24, torch.float32, CPU)
+    for place, (part, tensor) in enumerate(zip(("qweight", "scale", "group_code"), weight, strict=True)):
+        if tensor is None:
+            continue
+        bad = (*weight[:place], spread(tensor), *weight[place + 1 :])
+        for call in (
+            lambda bad=bad: torch.ops.ditq.linear_a16(x, *bad, None, name),
+            lambda bad=bad: torch.ops.ditq.linear_a8(*codes, *bad, None, name, torch.bfloat16),
+            lambda bad=bad: torch.ops.ditq.grad_input(grad, *bad, name, 150),
+        ):
+            with pytest.raises(ValueError, match=rf"{part} must be contiguous.*keep {part}\.contiguous"):
+                call()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_vectors_may_have_any_stride(implementation, device):
+    weight, bias = parts("w8", device)
+    x = activations(3, 150, torch.bfloat16, device)
+    codes, scales = torch.ops.ditq.quantize_activation(x, None)
+    batch, norm = x.unflatten(0, (1, 3)), torch.randn(150, device=device)
+    with ditq.use_backend(implementation):
+        for call, vector in (
+            (lambda b: torch.ops.ditq.linear_a16(x, *weight, b, "w8"), bias),
+            (lambda b: torch.ops.ditq.linear_a8(codes, scales, *weight, b, "w8", torch.float32), bias),
+            (lambda sx: torch.ops.ditq.linear_a8(codes, sx, *weight, bias, "w8", torch.float32), scales),
+            (lambda w: ops.norm_modulate(batch, weight=w), norm),
+            (lambda b: ops.norm_modulate_quantize(batch, bias=b)[0], norm),
+        ):
+            assert torch.equal(call(spread(vector)), call(vector))
+
+
+def test_a_calibrated_reach_is_one_number():
+    x, amax = activations(3, 150, torch.bfloat16, CPU), torch.ones(3)
+    for call in (
+        lambda: ditq.quantize_activation(x, amax),
+        lambda: ops.gelu_quantize(x, amax),
+        lambda: ops.norm_modulate_quantize(x.unflatten(0, (1, 3)), amax=amax),
+    ):
+        with pytest.raises(ValueError, match="amax must hold one number"):
+            call()
+
+
 def test_importing_the_package_loads_neither_triton_nor_diffusers():
     program = "import sys, ditq_kernels; print([m for m in ('triton', 'diffusers', 'matplotlib') if m in sys.modules])"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

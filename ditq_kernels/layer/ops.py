@@ -71,16 +71,32 @@ def _checked_weight(
             )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
+        if not tensor.is_contiguous():  # a copy at every call would cost more than the product of few rows
+            raise ValueError(
+                f"{name} must be contiguous, got strides {list(tensor.stride())}; keep {name}.contiguous()"
+            )
     return PackedWeight(*parts, fmt, in_features)
 
 
+def _side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector whose neighbours are neighbours in memory, as kernels read it: itself, or a copy."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _check_amax(amax: torch.Tensor | None) -> None:
+    if amax is not None and amax.numel() != 1:
+        raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
+
+
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_amax(amax)
     return backend_of(x.device).quantize_activation(x, amax)
 
 
 def _gelu_quantize(x, amax, approximate):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
+    _check_amax(amax)
     return backend_of(x.device).gelu_quantize(x, amax, approximate)
 
 
@@ -103,12 +119,15 @@ def _check_norm(x, weight, bias, shift, scale) -> None:
 
 def _norm_modulate(x, weight, bias, shift, scale, eps):
     _check_norm(x, weight, bias, shift, scale)
-    return backend_of(x.device).norm_modulate(x, weight, bias, shift, scale, eps)
+    norm = _side_by_side(weight), _side_by_side(bias)
+    return backend_of(x.device).norm_modulate(x, *norm, shift, scale, eps)
 
 
 def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     _check_norm(x, weight, bias, shift, scale)
-    return backend_of(x.device).norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
+    _check_amax(amax)
+    norm = _side_by_side(weight), _side_by_side(bias)
+    return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
@@ -118,12 +137,13 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
             "ask for a floating-point dtype"
         )
+    sx, bias = _side_by_side(sx), _side_by_side(bias)
     return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
     weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
-    return backend_of(x.device).linear_a16(x, weight, bias, silu)
+    return backend_of(x.device).linear_a16(x, weight, _side_by_side(bias), silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
@@ -234,7 +254,7 @@ def quantized_linear(
         amax: fp32 [1], the calibrated reach of the input; None finds one per row.
 
     Raises:
-        ValueError: if the parts of the weight do not fit each other or the input.
+        ValueError: if the parts of the weight do not fit each other or the input, or are not contiguous.
     """
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
@@ -252,6 +272,7 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
     Raises:
         TypeError: if ``x`` is not floating-point.
+        ValueError: if ``amax`` holds more than one number.
     """
     if not x.dtype.is_floating_point:
         raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
@@ -268,7 +289,7 @@ def gelu_quantize(
 
     Raises:
         TypeError: if ``x`` is not floating-point.
-        ValueError: for another ``approximate``.
+        ValueError: for another ``approximate``, or an ``amax`` of more than one number.
     """
     if not x.dtype.is_floating_point:
         raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
@@ -312,7 +333,7 @@ def norm_modulate_quantize(
     and fp32 scales [B * T].
 
     Raises:
-        ValueError: if a part does not fit ``x``.
+        ValueError: if a part does not fit ``x``, or ``amax`` holds more than one number.
         UnsupportedError: on the triton backend, for K above 16384.
     """
     return torch.ops.ditq.norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
