@@ -194,35 +194,35 @@ def test_no_table_is_read_at_import():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-# Microseconds of the fastest of many calls: on the GPU with the launch, here with a launch that does nothing.
+# Python functions that one call of a known shape enters, with a launch that does nothing: what eager steps are made of,
+# and the same on every machine, however busy it is.
 PYTHON_COST = """
-import time, torch
+import sys, torch
 import ditq_kernels as ditq
 from ditq_kernels import kernels
-from ditq_kernels.layer import backend, ops
+from ditq_kernels.layer import ops
 from triton.runtime.jit import JITFunction
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-if device == "cpu":
-    JITFunction.run = lambda self, *arguments, **options: None
-    ops.backend_of = lambda device: kernels
-layer = ditq.QuantLinear.from_linear(torch.nn.Linear(1152, 1152, device=device).to(torch.bfloat16), "w8a8")
-x = torch.randn(300, 1152, device=device).to(torch.bfloat16)
-codes = torch.ops.ditq.quantize_activation(x, None)
+JITFunction.run = lambda self, *arguments, **options: None
+ops.backend_of = lambda device: kernels
+layer = ditq.QuantLinear.from_linear(torch.nn.Linear(1152, 1152).to(torch.bfloat16), "w8a8")
+codes = torch.ops.ditq.quantize_activation(torch.randn(300, 1152).to(torch.bfloat16), None)
 parts = layer.qweight, layer.scale, layer.group_code, layer.bias
-fastest = float("inf")
-for _ in range(300):
-    start = time.perf_counter()
+entered = []
+for _ in range(3):
+    entered.append(0)
+    def count(frame, event, argument):
+        entered[-1] += event == "call"
+    sys.setprofile(count)
     torch.ops.ditq.linear_a8(*codes, *parts, "w8", torch.bfloat16)
-    fastest = min(fastest, time.perf_counter() - start)
-    if device == "cuda":
-        torch.cuda.synchronize()
-print(1e6 * fastest)
+    sys.setprofile(None)
+print(entered[-1])
 """
+MOST_FUNCTIONS = 40
 
 
 def test_the_second_call_of_a_shape_costs_little_python():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", PYTHON_COST], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 30
+    assert int(result.stdout) <= MOST_FUNCTIONS
