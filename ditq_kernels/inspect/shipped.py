@@ -62,7 +62,7 @@ def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) 
         bias = None if output == "i32" else "*bf16"
         types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias=bias, y=f"*{output}")
         types |= _weight_types(fmt)
-        large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH
+        large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH and output == "bf16"
         yield Variant(
             f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}{_to(output)}",
             in_loop_product.in_loop_product_kernel,
