@@ -66,9 +66,9 @@ def fused_multiply_add_narrow(a, b, c, kind):
 
 
 def approximate_quotient(a, b):
-    """Of fp32: zero where the divisor's reciprocal is too small for a normal number, as div.approx has it."""
+    """Of fp32; divided by more than 2**126 it is zero, or NaN if infinite, as div.approx has it."""
     far = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
-    return np.where(far, np.where(np.isinf(a) | np.isnan(a), np.float32(np.nan), np.copysign(np.float32(0), a * b)), a / b)
+    return np.where(far, a * np.copysign(np.float32(0), b), a / b)
 
 
 def fused_multiply_add(a, b, c):
