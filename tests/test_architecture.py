@@ -65,8 +65,9 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("async_state", "thread_barriers"),
         ("machine",),
         ("driver",),
+        ("cuda",),
     ),
-    "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes")),
+    "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
     "integrations": (("__init__", "pictures", "diffusers"), ("sampling",), ("command",)),
     "analysis": (
         ("__init__", "statistics", "weights"),

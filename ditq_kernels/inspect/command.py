@@ -38,7 +38,7 @@ def execute_kernels(
         as_json: print a list of objects, one a case, in place of lines.
 
     Raises:
-        ValueError: for an architecture whose matrix instructions the executor does not know, or if no case matches.
+        ValueError: for an architecture that cannot be executed, or if there is no case or none matches.
     """
     import json
 
@@ -49,10 +49,12 @@ def execute_kernels(
     architectures = asked or (execution.QUICK_ARCHITECTURES if quick else execution.ARCHITECTURES)
     for arch in set(architectures) - set(execution.ARCHITECTURES):
         known = ", ".join(f"sm_{known}" for known in execution.ARCHITECTURES)
-        raise ValueError(f"sm_{arch} cannot be executed: {execution.NOT_EXECUTED[arch]}; --arch takes {known}")
+        raise ValueError(f"sm_{arch} cannot be executed; --arch takes {known}")
     count = execution.count(architectures, quick, match)
-    if not count:
+    if not count and match:
         raise ValueError(f"no case's name holds {match!r}; without --match all are executed")
+    if not count:
+        raise ValueError(f"nothing can be executed: {'; '.join(execution.left_out(architectures))}")
     outcomes = []
     for outcome in track(execution.execute(architectures, quick, match), count, "case"):
         outcomes.append(outcome)
@@ -62,7 +64,8 @@ def execute_kernels(
     if out is not None:
         with written_whole(out) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1) if as_json else "\n".join(execution.summary(outcomes)))
+    lines = [*execution.summary(outcomes), *execution.left_out(architectures)]
+    print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
     return 0 if all(outcome.verdict == execution.OK for outcome in outcomes) else 1
 
 

@@ -23,12 +23,14 @@ import torch
 from ..kernels.config import shared_memory
 from ..kernels.device import Device, standing_in
 from ..revision import commit
-from .cases import edges, passes, products
+from .cases import edges, extension, passes, products
 from .cases.case import Case, Mismatch
+from .executor import cuda
 
-ARCHITECTURES = (80, 86, 89, 90, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 QUICK_ARCHITECTURES = (80, 90)
-NOT_EXECUTED = {100: "the executor does not know tcgen05, which multiplies its 16-bit operands"}
+# Of these, the extension's kernels only.
+WITHOUT_TRITON = {100: "the executor does not know tcgen05, which multiplies its 16-bit operands"}
 OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # arguments that kernels may write
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether the processes are done
 OK = "ok"
@@ -62,8 +64,20 @@ def cases(arch: int, quick: bool = False, match: str = "") -> list[Case]:
     """The cases of an architecture (10 * major + minor), or the quick choice of them; those whose name holds
     ``match``.
     """
-    every = [case for module in (passes, products, edges) for case in module.cases(arch)]
+    modules = (extension,) if arch in WITHOUT_TRITON else (passes, products, edges, extension)
+    every = [case for module in modules for case in module.cases(arch)]
     return [case for case in every if match in case.name and (case.quick or not quick)]
+
+
+def left_out(architectures: Sequence[int]) -> list[str]:
+    """What has no cases on ``architectures``, each with the reason."""
+    lines = [
+        f"sm_{arch}: Triton's kernels are left out: {WITHOUT_TRITON[arch]}"
+        for arch in architectures
+        if arch in WITHOUT_TRITON
+    ]
+    reason = cuda.why_unavailable()
+    return lines + ([f"the CUDA extension's product for few rows is left out: {reason}"] if reason else [])
 
 
 def _verdict(case: Case) -> tuple[str, str]:
@@ -214,5 +228,6 @@ def record(outcomes: Sequence[Outcome]) -> dict:
         triton=triton.__version__,
         torch=torch.__version__,
         summary=summary(outcomes),
+        left_out=left_out(sorted({outcome.arch for outcome in outcomes})),
         outcomes=[dataclasses.asdict(outcome) for outcome in outcomes],
     )

@@ -59,6 +59,8 @@ def to_integer(kind, rounding):
 def convert(instruction, kernel):
     *modes, to, of = instruction.parts[1:]
     rounding = [mode for mode in modes if mode in ("rn", "rz", "rm", "rp", *ROUND)]
+    if tuple(instruction.parts[1:]) == ("sat", "f32", "f32"):
+        return elementwise(instruction, kernel, ["f32"], lambda x: np.fmax(np.fmin(x, np.float32(1)), np.float32(0)))
     if any(mode not in ("rn", "ftz", "sat", *ROUND) for mode in modes) or ("sat" in modes and "f" in to):
         raise Unsupported(instruction.text)
     if to in ("bf16x2", "f16x2"):

@@ -22,7 +22,7 @@ from triton.runtime.driver import driver as active_driver
 
 from . import tensor_core
 from .copies import TensorMap
-from .faults import UNSIGNED, Unsupported
+from .faults import POISON, UNSIGNED, Unsupported
 from .global_memory import GlobalMemory, Region
 from .machine import Machine
 from .parser import parse
@@ -89,6 +89,88 @@ def program_of(text: str) -> Program:
     return translate(parse(text))
 
 
+def installed() -> Session:
+    """Of the driver that :func:`install` made the active one."""
+    return active_driver.active.session
+
+
+def run(
+    session: Session,
+    text: str,
+    grid: tuple[int, int, int],
+    regions: list[Region],
+    values: list,
+    shared: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Launches the one kernel of the PTX ``text``, or takes the results of an equal launch from the session's memory.
+
+    Args:
+        regions: the tensors that it may touch.
+        values: of its parameters, each an array of one element, bytes of a structure, or a tensor map. Parameters
+            behind the last value are pointers to scratch memory, of which there is none.
+        shared: bytes of shared memory of a block, beyond the arrays that the kernel declares.
+        threads: of a block, for a kernel that does not say it itself.
+    """
+    program = program_of(session.change(text) if session.change else text)
+    kernel = program.kernel
+    values = values + [np.zeros(1, np.uint64)] * (len(kernel.parameters) - len(values))
+    for parameter, value in zip(kernel.parameters, values, strict=True):
+        if isinstance(value, np.ndarray) and value.nbytes != parameter.size:
+            raise TypeError(f"{parameter} is given {value.nbytes} bytes")
+    threads = kernel.threads or threads
+    key = _key(session, text, grid, shared, regions, values) if session.memory is not None else None
+    if key is not None and key in session.memory:
+        launch, results = session.memory[key]
+        for region in regions:
+            if region.name in results:
+                region.restore(results[region.name])
+        session.launches.append(dataclasses.replace(launch, repeated=True, seconds=0.0, steps=0))
+        return
+    machine = Machine(
+        program,
+        {parameter.name: value for parameter, value in zip(kernel.parameters, values, strict=True)},
+        grid,
+        threads,
+        shared,
+        GlobalMemory(regions),
+        session.wobble,
+        tensor_core.unit_of(session.arch) if session.truncates else None,
+        session.lanes,
+    )
+    started = time.perf_counter()
+    machine.launch()
+    seconds = time.perf_counter() - started
+    written = {region.name: region.unwritten() for region in regions if region.written is not None}
+    launch = Launch(kernel.name, grid, threads, seconds, machine.steps, written, machine.disagreements, text)
+    session.launches.append(launch)
+    session.executed.update(machine.executed)
+    if key is not None:
+        session.memory[key] = launch, {region.name: region.saved() for region in regions if region.written is not None}
+
+
+def _key(session, text, grid, shared, regions, values):
+    """Of the instructions, whatever architecture they are for, and all that they are given."""
+    digest = hashlib.sha256(_TARGET.sub("", text).encode())
+    digest.update(repr((grid, shared, tensor_core.unit_of(session.arch))).encode())
+    for region in regions:
+        digest.update(f"{region.name} {region.size} {region.first % 16}".encode())
+        digest.update(region.saved())
+    for value in values:
+        digest.update(_without_addresses(value, regions).tobytes() if isinstance(value, np.ndarray) else b"address")
+    return digest.digest()
+
+
+def _without_addresses(value, regions):
+    """``value`` with the number of a region for its address, which differs from run to run."""
+    if value.nbytes % 8:
+        return value
+    words = value.view(np.uint64).copy()
+    for number, region in enumerate(regions):
+        words[words == np.uint64(region.first)] = POISON + number
+    return words
+
+
 class Launcher:
     """What Triton calls with the grid and the arguments of a compiled kernel."""
 
@@ -98,71 +180,17 @@ class Launcher:
         self.descriptors = getattr(metadata, "tensordesc_meta", None)
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        session, metadata = self.session, self.metadata
-        text = function.decode()
-        program = program_of(session.change(text) if session.change else text)
+        metadata = self.metadata
         regions, values = [], []
         described = iter(self.descriptors or [])
         for (name, kind), argument in zip(self.signature.items(), arguments, strict=True):
             if kind != "constexpr":
                 values += self._parameter(name, kind, argument, regions, described)
-        kernel = program.kernel
-        values += [np.zeros(1, np.uint64)] * (len(kernel.parameters) - len(values))  # scratch memory, of which none
-        for parameter, value in zip(kernel.parameters, values, strict=True):
-            if isinstance(value, np.ndarray) and value.nbytes != parameter.size:
-                raise TypeError(f"{parameter} is given {value.nbytes} bytes")
         if metadata.num_ctas != 1:
             raise Unsupported("clusters of thread blocks")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise Unsupported("scratch in global memory")
-        key = self._key(text, (x, y, z), regions, values) if session.memory is not None else None
-        if key is not None and key in session.memory:
-            launch, results = session.memory[key]
-            for region in regions:
-                if region.name in results:
-                    region.restore(results[region.name])
-            session.launches.append(dataclasses.replace(launch, repeated=True, seconds=0.0, steps=0))
-            return
-        machine = Machine(
-            program,
-            {parameter.name: value for parameter, value in zip(kernel.parameters, values, strict=True)},
-            (x, y, z),
-            kernel.threads,
-            metadata.shared,
-            GlobalMemory(regions),
-            session.wobble,
-            tensor_core.unit_of(session.arch) if session.truncates else None,
-            session.lanes,
-        )
-        started = time.perf_counter()
-        machine.launch()
-        seconds = time.perf_counter() - started
-        written = {region.name: region.unwritten() for region in regions if region.written is not None}
-        launch = Launch(
-            kernel.name, (x, y, z), kernel.threads, seconds, machine.steps, written, machine.disagreements, text
-        )
-        session.launches.append(launch)
-        session.executed.update(machine.executed)
-        if key is not None:
-            session.memory[key] = (
-                launch,
-                {region.name: region.saved() for region in regions if region.written is not None},
-            )
-
-    def _key(self, text, grid, regions, values):
-        """Of the instructions, whatever architecture they are for, and all that they are given."""
-        digest = hashlib.sha256(_TARGET.sub("", text).encode())
-        digest.update(repr((grid, self.metadata.shared, tensor_core.unit_of(self.session.arch))).encode())
-        for region in regions:
-            digest.update(f"{region.name} {region.size} {region.first % 16}".encode())
-            digest.update(region.saved())
-        addresses = {region.first for region in regions}
-        for value in values:
-            plain = isinstance(value, np.ndarray) and not (
-                value.nbytes == 8 and int(value.view(np.int64)[0]) in addresses
-            )
-            digest.update(value.tobytes() if plain else b"address")
-        return digest.digest()
+        run(self.session, function.decode(), (x, y, z), regions, values, metadata.shared)
 
     def _parameter(self, name, kind, argument, regions, described):
         if isinstance(argument, torch.Tensor):

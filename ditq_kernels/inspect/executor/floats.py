@@ -4,6 +4,8 @@ random where the machine wobbles.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .faults import Unsupported
@@ -26,6 +28,47 @@ def to_bf16(x):
 
 def from_bf16(bits):
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _exact_or_odd(a, b, c):
+    """fp64 ``a * b + c`` of fp32: exact, or else the neighbour whose last bit is set, which rounds to fewer bits as the
+    exact value does, in any direction.
+    """
+    product = a.astype(np.float64) * b
+    c = c.astype(np.float64)
+    total = np.atleast_1d(product + c)
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    even = total.view(np.uint64) & np.uint64(1) == 0
+    total = np.where(even & (error > 0), np.nextafter(total, np.inf), total)
+    return np.where(even & (error < 0), np.nextafter(total, -np.inf), total)
+
+
+def fused_multiply_add_down(a, b, c):
+    """fp32, rounded towards minus infinity."""
+    total = _exact_or_odd(a, b, c)
+    rounded = total.astype(np.float32)
+    return np.where(rounded > total, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+
+
+def fused_multiply_add_narrow(a, b, c, kind):
+    """Of values that fit 16 bits: fp32 values in the type ``kind``, rounded once."""
+    total = _exact_or_odd(a, b, c)
+    if kind == "f16x2":
+        return total.astype(np.float16).astype(np.float32)
+    # Once more to odd, in fp32, from which bf16 is rounded to nearest.
+    narrow = total.astype(np.float32)
+    off = total - narrow
+    even = narrow.view(np.uint32) & np.uint32(1) == 0
+    narrow = np.where(even & (off > 0), np.nextafter(narrow, np.float32(np.inf)), narrow)
+    narrow = np.where(even & (off < 0), np.nextafter(narrow, np.float32(-np.inf)), narrow)
+    return from_bf16(to_bf16(narrow))
+
+
+def approximate_quotient(a, b):
+    """Of fp32; divided by more than 2**126 it is zero, or NaN if infinite, as div.approx has it."""
+    far = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
+    return np.where(far, a * np.copysign(np.float32(0), b), a / b)
 
 
 def fused_multiply_add(a, b, c):
@@ -85,8 +128,15 @@ def float_operation(instruction, kernel):
         wide = from_bf16 if kind == "bf16" else (lambda x: x.astype(np.float32))
         inner = function
         return elementwise(instruction, kernel, [kind, "f32"], lambda a, b: inner(wide(a), b))
+    rounding = [part for part in instruction.parts[1:-1] if part in ("rz", "rm", "rp", "sat")]
+    if rounding:
+        if (name, rounding, kind) != ("fma", ["rm"], "f32") or "ftz" in instruction.parts:
+            raise Unsupported(instruction.text)
+        return elementwise(instruction, kernel, [kind] * 3, fused_multiply_add_down)
     if kind in PACKED:
         inner = function
+        if name == "fma" and kind != "f32x2":
+            inner = functools.partial(fused_multiply_add_narrow, kind=kind)
         return elementwise(
             instruction, kernel, [kind] * count, lambda *xs: pack(inner(*[unpack(x, kind) for x in xs]), kind)
         )
@@ -95,6 +145,9 @@ def float_operation(instruction, kernel):
     if name == "div" and "full" in instruction.parts:
         keep, (a, b) = destination(instruction.operands[0], kernel), sources(instruction, ["f32"] * 2, kernel)
         return lambda m, mask: keep(m, m.approximate(a(m) / b(m)), mask)
+    if name == "div" and instruction.parts[1:] == ("approx", "f32"):
+        keep, (a, b) = destination(instruction.operands[0], kernel), sources(instruction, ["f32"] * 2, kernel)
+        return lambda m, mask: keep(m, m.approximate(approximate_quotient(a(m), b(m))), mask)
     if name == "div" and "rn" not in instruction.parts:
         raise Unsupported(instruction.text)
     if "NaN" in instruction.parts:

@@ -23,7 +23,7 @@ from .syntax import (
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _LINE_DIRECTIVE = re.compile(r"^[ \t]*\.(?:loc|file|pragma)\b[^\n]*", re.M)
 _LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.S)
+_ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.S)
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+)?(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?([\w$]+)(?:\[(\d+)\])?\s*$"
 )
@@ -176,16 +176,28 @@ def _instruction(statement, scopes):
     return instruction
 
 
-def parse(text: str, entry: str | None = None) -> Kernel:
-    """The entry called ``entry``, or the one of a module that has one.
+def entries(text: str) -> dict[str, str]:
+    """Each entry of a module by its name: the text of a module of its own, with what all entries share."""
+    text = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", text))
+    shared, alone, end = [], {}, 0
+    for found in _ENTRY.finditer(text):
+        shared.append(text[end : found.start()])
+        end = found.end() + len(_body(text, found.end())) + 1
+        alone[found.group(1)] = text[found.start() : end]
+    before = "".join([*shared, text[end:]])
+    return {name: before + entry for name, entry in alone.items()}
+
+
+def parse(text: str) -> Kernel:
+    """The one entry of a module.
 
     Raises:
-        PtxError: for what this reader does not know.
+        PtxError: for what this reader does not know, and for none or several entries.
     """
     text = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", text))
-    found = next((e for e in _ENTRY.finditer(text) if entry in (None, e.group(1))), None)
-    if found is None:
-        raise PtxError(f"no entry {entry or ''}")
+    found, *more = _ENTRY.finditer(text) if _ENTRY.search(text) else (None,)
+    if found is None or more:
+        raise PtxError("several entries" if more else "no entry")
     name, parameters, attributes = found.groups()
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
     scopes, code, labels = _Scopes(), [], {}

@@ -47,18 +47,30 @@ def partners(mode, lane, operand):
     }[mode]()
 
 
+def _of(m, read, mask):
+    """What ``read`` gives the lanes in ``mask``."""
+    value = read(m)
+    return value if value.size == 1 else value[m.chosen(mask)]
+
+
 @opcode("shfl")
 def shuffle(instruction, kernel):
     mode = instruction.parts[2]
-    result, value, which, clamp, _ = instruction.operands
-    if clamp not in (Immediate(31), Immediate(0)) or (clamp.bits == 0) != (mode == "up"):
+    result, value, which, clamp, members = instruction.operands
+    whole = Immediate(0 if mode == "up" else 31)  # the clamp of a shuffle within the whole warp
+    if isinstance(clamp, Immediate) and clamp != whole:
         raise Unsupported(instruction.text)
+    clamp, members = source(clamp, "b32", kernel), source(members, "b32", kernel)
     into, valid = (result.first, result.second) if isinstance(result, Pair) else (result, None)
     keep, read, which = destination(into, kernel), source(value, "b32", kernel), source(which, "b32", kernel)
     keep_valid = destination(valid, kernel) if valid else None
 
     def run(m, mask):
         m.whole_warps(mask)
+        if (_of(m, clamp, mask) != np.uint32(whole.bits)).any():
+            raise Unsupported("a shuffle within part of a warp")
+        if (_of(m, members, mask) != np.uint32(0xFFFFFFFF)).any():
+            raise Fault("a shuffle among part of a warp")
         values = m.spread(read(m))
         lane = np.arange(m.lanes)
         other = partners(mode, lane % WARP, m.spread(which(m)).astype(np.int64))
