@@ -231,7 +231,8 @@ MIXING = """
 import json
 import triton
 import triton.language as tl
-from ditq_kernels.kernels import decode, gradient, inspection, shipped
+from ditq_kernels.inspect import inspection, shipped
+from ditq_kernels.kernels import decode, gradient
 
 @triton.jit
 def as_int8(qweight, n, K, row_bytes, step, low, high, BITS: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
