@@ -19,7 +19,7 @@ from ditq_kernels.inspect.executor.parser import PtxError, entries, parse
 from ditq_kernels.inspect.executor.program import translate
 
 ROOT = Path(__file__).parent.parent
-MATRIX_ARCH, SCALAR_ARCH = 80, 90  # one compilation of each kernel
+MATRIX_ARCH, SCALAR_ARCH = 80, 120  # one compilation of each kernel: by nvcc's older and its newer code generator
 MATRIX_CASES = (
     "w4_g128 x bf16 (3, 72, 144), fp16 bias",
     "w4_g128 x bf16 (16, 40, 2240), silu, fp32 bias",
@@ -31,7 +31,7 @@ MATRIX_CASES = (
     "w4_g128 x bf16 broken row",
 )
 SCALAR_CASES = (
-    "w4_g128 x fp32 (16, 7, 201), silu, bf16 bias",
+    "w4_g128 x fp32 (16, 40, 2240), silu, bf16 bias",
     "w8_g32 x fp32 (4, 40, 656) whole numbers, fp16 bias",
     "w8_g32 x bf16 anywhere",
 )
@@ -76,7 +76,7 @@ def changed(pattern, replacement):
     ("change", "verdict", "words"),
     [
         (changed(r"bar\.sync\s+0;", ""), "FAULT", "shared memory race"),
-        (changed(r"prmt(.*), 21520;", r"prmt\1, 21536;"), "MISMATCH", "sums: "),
+        (changed(r"\b21520(U?);", r"21536\1;"), "MISMATCH", "sums: "),
         (changed(r"min\.s32(\s+%\w+, %\w+), %\w+;", r"mov.b32\1;"), "FAULT", "out of bounds"),
         (changed(r"mul\.f16x2 ", "mul.rz.sat.f16x2 "), "UNSUPPORTED", r"mul\.rz\.sat\.f16x2 "),
     ],
@@ -148,7 +148,9 @@ def test_fused_multiply_add_rounds_once():
 def test_quotients_of_large_divisors_are_zero():
     a = np.array([1, np.inf, 1, 6], np.float32)
     b = np.array([2.0**127, 2.0**127, np.inf, 3], np.float32)
-    np.testing.assert_array_equal(floats.approximate_quotient(a, b), np.array([0, np.nan, 0, 2], np.float32))
+    with np.errstate(invalid="ignore"):
+        found = floats.approximate_quotient(a, b)
+    np.testing.assert_array_equal(found, np.array([0, np.nan, 0, 2], np.float32))
 
 
 def test_architectures_have_cases():

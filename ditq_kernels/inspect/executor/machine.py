@@ -2,7 +2,8 @@
 
 Lanes are the threads of one or several thread blocks (CTAs), block by block. A register is one array of unsigned
 integers (booleans for predicates) with one element a lane, or with a single element where all lanes agree. Where lanes
-part, those at the lowest program counter that need not wait go first, which brings them together again.
+part, those at the lowest program counter that need not wait go first, which brings them together again; instructions
+of a whole warp wait for all of its lanes.
 """
 
 from __future__ import annotations
@@ -150,6 +151,19 @@ class Machine:
                 raise Fault("a barrier is reached by some threads of a block only")
             free = alive & ~self.thread_barriers.held
         free &= ~self.stalled
+        left = free
+        while left.any():
+            block = places[left].min()
+            here = left & (places == block)
+            if not self.program.blocks[block].gathers:
+                return here
+            # The block may stand before a loop that some of the warp's lanes are still in: as the hardware's, its
+            # instructions wait for all lanes.
+            missing = (alive & (places != block)).reshape(-1, WARP).any(1)
+            whole = here & ~np.repeat(missing, WARP)
+            if whole.any():
+                return whole
+            left = left & (places != block)
         return free & (places == places[free].min())
 
     def _block(self, steps, mask):

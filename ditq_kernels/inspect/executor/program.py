@@ -16,6 +16,7 @@ class Steps(list):
 
     Attributes:
         opcodes: how often each is executed.
+    gathers: whether a warp's lanes wait for each other in it.
         has_matrix_fence: whether there is a wgmma.fence.
         touched_last: registers that other instructions name behind the last wgmma.fence, or in all of the block.
     """
@@ -23,6 +24,7 @@ class Steps(list):
     def __init__(self) -> None:
         super().__init__()
         self.opcodes: dict[str, int] = {}
+        self.gathers = False
         self.has_matrix_fence = False
         self.touched_last: frozenset[int] = frozenset()
 
@@ -41,6 +43,7 @@ class Program:
     has_matrices: bool
 
 
+_OF_WHOLE_WARPS = {"shfl", "redux", "elect", "mma", "ldmatrix", "stmatrix", "bar", "barrier"}
 _ELEMENT_BYTES = {"ldmatrix": 4, "mbarrier": 8}
 
 
@@ -78,6 +81,7 @@ def translate(kernel: Kernel) -> Program:
             kind = instruction.parts[0]
             steps.opcodes[kind] = steps.opcodes.get(kind, 0) + 1
             grain = min(grain, _grain(instruction))
+            steps.gathers |= kind in _OF_WHOLE_WARPS
             has_mbarriers |= kind == "mbarrier"
             if kind == "wgmma":
                 if instruction.parts[1] == "fence":
