@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean gpu
+.PHONY: demo test lint format clean gpu execute
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
 # Of nvidia-cutlass only the headers are wanted, hence no dependencies.
@@ -32,6 +32,16 @@ format: $(READY)
 
 clean:
 	rm -rf $(VENV) out
+
+# Every kernel executed on this CPU from its compiled form, by the pinned Triton or by TRITON=3.6.0, which is fetched into
+# a folder of its own. QUICK=1 takes the choice that takes minutes; ARCH="sm_90 sm_120", these architectures.
+OTHER := $(if $(TRITON),$(CURDIR)/$(VENV)/triton-$(TRITON))
+execute: $(READY) $(OTHER)
+	$(if $(OTHER),PYTHONPATH=$(OTHER)) $(BIN)/ditq inspect --execute $(if $(QUICK),--quick) $(if $(ARCH),--arch $(ARCH))
+
+$(CURDIR)/$(VENV)/triton-%: | $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --target $@.part --no-deps triton==$*
+	mv $@.part $@
 
 # Everything that a machine with a GPU can say, without the environment above where there is no network to make it from.
 gpu:

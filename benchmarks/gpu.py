@@ -1,10 +1,11 @@
 """Everything that a machine with a GPU can say about this repository, in one command: `make gpu`.
 
-    python3 benchmarks/gpu.py [--out DIR] [--seconds 520] [--only STEP...]
+    python3 benchmarks/gpu.py [--out DIR] [--seconds 520] [--only STEP...] [--dry-run [ARCH]]
 
 Needs PyTorch and Triton in the interpreter that runs it (or in .venv), and no network. Each step is a process with a
-time limit, and all output lands in logs.txt; a step that fails or hangs costs the others nothing. Without a GPU the
-steps that need one say so. The exit code is 1 if a step failed.
+time limit, and all output lands in logs.txt; a step that fails or hangs costs the others nothing. Without a GPU, or
+without what Triton needs to launch kernels, the steps that need one say so. The exit code is 1 if a step failed, or if
+kernels of a GPU that is there cannot be launched.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Machine:
     python: the interpreter for the steps.
     out: directory of logs and results.
     arch: 10 * major + minor of the GPU, or None.
+    lacks: in a sentence, what kernels need to run on the GPU and this machine lacks; empty if nothing.
     """
 
     python: str
     out: Path
     arch: int | None
+    lacks: str = ""
 
     @property
     def tables(self) -> Path:
@@ -98,6 +101,8 @@ def take(step: Step, machine: Machine, seconds_left: float) -> Outcome:
     """Run one step; its output goes to <out>/logs/<name>.log."""
     if step.needs_gpu and machine.arch is None:
         return Outcome(step.name, SKIPPED, 0.0, "no GPU")
+    if step.needs_gpu and machine.lacks:
+        return Outcome(step.name, SKIPPED, 0.0, machine.lacks)
     command = step.command(machine)
     if isinstance(command, str):
         return Outcome(step.name, SKIPPED, 0.0, command)
@@ -156,11 +161,7 @@ def has_module(python: str, name: str) -> bool:
 def _tests(machine: Machine) -> list[str] | str:
     if not has_module(machine.python, "pytest"):
         return "pytest is not installed"
-    # Compiling is what takes the time: several processes share the GPU.
-    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if has_module(machine.python, "xdist") else []
-    # Options of the project's that ask for a plugin are not wanted here.
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", "-rfE", *parallel]
-    return [machine.python, "-m", "pytest", *options, "-m", "on_device", str(REPOSITORY / "tests")]
+    return [machine.python, str(REPOSITORY / "benchmarks" / "gpu_tests.py")]
 
 
 EXTENSION_CHECK = """
@@ -260,6 +261,17 @@ def find_gpu(python: str) -> int | None:
     return None if capability is None else 10 * capability[0] + capability[1]
 
 
+def find_lacks(python: str) -> str:
+    """What gpu_needs.py finds missing, printed with the versions it finds; empty if nothing is."""
+    script = str(REPOSITORY / "benchmarks" / "gpu_needs.py")
+    try:
+        found = subprocess.run([python, script], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    print(found.stdout.rstrip(), flush=True)
+    return last_line(found.stdout or found.stderr) if found.returncode else ""
+
+
 def pack_logs(out: Path) -> None:
     """All logs in one file, each below a line with its name, in place of many small ones: what came out of a lent
     machine is often few files.
@@ -277,17 +289,27 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     parser.add_argument("--out", type=Path, default=default, help="default: $OUT, else out/gpu")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all steps (default: %(default).0f)")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in steps], metavar="STEP", help="these steps")
+    parser.add_argument(
+        "--dry-run", nargs="?", type=int, const=90, metavar="ARCH", help="show and count, run nothing (default: 90)"
+    )
     args = parser.parse_args(arguments)
+    chosen = [step for step in steps if args.only is None or step.name in args.only]
+    if args.dry_run is not None:
+        sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+        import gpu_dry_run
+
+        python = find_python()
+        lacks = find_lacks(python)
+        return gpu_dry_run.show(chosen, Machine(python, args.out.resolve(), args.dry_run, lacks), args.dry_run)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "logs", ignore_errors=True)  # an earlier run's say nothing about this one
     python = find_python()
-    machine = Machine(python, out, find_gpu(python))
+    machine = Machine(python, out, find_gpu(python), find_lacks(python))
     print(
         f"python {machine.python}, GPU {'none' if machine.arch is None else f'sm_{machine.arch}'}, out {out}",
         flush=True,
     )
-    chosen = [step for step in steps if args.only is None or step.name in args.only]
     if args.only:  # the time of those left out is theirs
         chosen = [dataclasses.replace(step, seconds=args.seconds) for step in chosen]
     outcomes = run(chosen, machine, args.seconds - (time.monotonic() - started))
@@ -296,7 +318,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     pack_logs(out)
     (out / "summary.txt").write_text(text + "\n")
     print(text, flush=True)
-    return 1 if any(outcome.state == FAILED for outcome in outcomes) else 0
+    stopped = machine.arch is not None and machine.lacks
+    return 1 if stopped or any(outcome.state == FAILED for outcome in outcomes) else 0
 
 
 def _read(path: Path) -> str:

@@ -3,40 +3,79 @@ them.
 """
 
 import ast
+import functools
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
+# benchmarks/counted_kernels.py writes down what tests would compile on a GPU: they take one for granted, and the CPU
+# stands in for it.
+COUNTED = "DITQ_COUNTED_ARCH" in os.environ
+HAS_GPU = torch.cuda.is_available() or COUNTED
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def missing_packages(path: Path) -> list[str]:
-    """What a test file imports at its top and this Python lacks."""
-    tree = ast.parse(path.read_text())
-    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    tops = {name.split(".")[0] for name in names}
-    return sorted(name for name in tops if importlib.util.find_spec(name) is None)
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+
+
+def file_of(module: str) -> Path | None:
+    """Of a module of this repository: of the package, or a helper of the tests; None for any other name."""
+    relative = Path(*module.split("."))
+    ends = relative.with_suffix(".py"), relative / "__init__.py"
+    return next((base / end for base in (REPOSITORY, TESTS) for end in ends if (base / end).exists()), None)
+
+
+@functools.cache
+def imported_at_the_top(path: Path) -> frozenset[str]:
+    """Modules, and what may be modules, that a file imports whenever it is imported, and the packages they are in."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(REPOSITORY).parent.parts
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return frozenset(".".join(name.split(".")[: end + 1]) for name in names for end in range(name.count(".") + 1))
+
+
+def missing_packages(test: Path) -> set[str]:
+    """What this Python lacks of all that a test file imports at its top, itself or through this repository's files."""
+    missing, seen, left = set(), {test}, [test]
+    while left:
+        for module in imported_at_the_top(left.pop()):
+            path = file_of(module)
+            if path is not None and path not in seen:
+                seen.add(path)
+                left.append(path)
+            top = module.split(".")[0]
+            if file_of(top) is None and importlib.util.find_spec(top) is None:
+                missing.add(top)
+    return missing
 
 
 # A machine that was prepared to run kernels, and nothing else, runs the tests of the kernels.
-LEFT_OUT = {
-    path.name: missing for path in Path(__file__).parent.glob("test_*.py") if (missing := missing_packages(path))
-}
+LEFT_OUT = {path.name: missing for path in TESTS.glob("test_*.py") if (missing := missing_packages(path))}
 collect_ignore = list(LEFT_OUT)
 
 
 def pytest_report_header():
-    return [f"left out, not installed: {name} ({', '.join(missing)})" for name, missing in sorted(LEFT_OUT.items())]
+    return [
+        f"left out, not installed: {name} ({', '.join(sorted(missing))})" for name, missing in sorted(LEFT_OUT.items())
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
+    part, parts = map(int, os.environ.get("DITQ_TESTS_PART", "0/1").split("/"))
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
     skip = pytest.mark.skip(reason="no CUDA GPU on this machine")
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
@@ -48,7 +87,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     """Where kernels run: the GPU if there is one, else the CPU, interpreted."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
+    return torch.device("cuda" if HAS_GPU and not COUNTED else "cpu")
 
 
 @pytest.fixture(autouse=True)

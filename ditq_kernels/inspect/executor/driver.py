@@ -43,6 +43,7 @@ class Launch:
         written: arguments that were written, and how many bytes of each were not.
         disagreements: lanes of one warp that lost a store to one shared address to another value.
         text: the PTX.
+        unfenced_copies: matrix instructions' reads of what cp.async wrote, with no proxy fence between them.
         repeated: whether its results were taken from a launch of the same instructions on the same data.
     """
 
@@ -54,6 +55,7 @@ class Launch:
     written: dict[str, int]
     disagreements: int
     text: str
+    unfenced_copies: int = 0
     repeated: bool = False
 
 
@@ -66,6 +68,11 @@ class Session:
         shared_limit: bytes of shared memory of one block.
         wobble, truncates, lanes: see :class:`.machine.Machine`.
         change: of the PTX before it is executed; None leaves it.
+        copies_need_fence: whether matrix instructions may read what cp.async wrote behind a fence.proxy.async only, as
+            they must what st.shared wrote. PTX asks for the fence in either case: cp.async writes by the generic proxy,
+            and wgmma reads by the async proxy. CUTLASS 4.2 has none in its own main loop of that kind
+            (sm90_mma_multistage_gmma_ss_warpspecialized.hpp: cp.async, an mbarrier, wgmma); if False, neither need the
+            kernels, and the reads without it are counted.
         memory: results of launches by their instructions and data, which need not be executed again; None keeps none.
     """
 
@@ -75,6 +82,7 @@ class Session:
     truncates: bool = True
     lanes: int = 4096
     change: Callable[[str], str] | None = None
+    copies_need_fence: bool = True
     memory: dict | None = None
     launches: list[Launch] = field(default_factory=list)
     executed: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -137,12 +145,23 @@ def run(
         session.wobble,
         tensor_core.unit_of(session.arch) if session.truncates else None,
         session.lanes,
+        session.copies_need_fence,
     )
     started = time.perf_counter()
     machine.launch()
     seconds = time.perf_counter() - started
     written = {region.name: region.unwritten() for region in regions if region.written is not None}
-    launch = Launch(kernel.name, grid, threads, seconds, machine.steps, written, machine.disagreements, text)
+    launch = Launch(
+        kernel.name,
+        grid,
+        threads,
+        seconds,
+        machine.steps,
+        written,
+        machine.disagreements,
+        text,
+        machine.unfenced_copies,
+    )
     session.launches.append(launch)
     session.executed.update(machine.executed)
     if key is not None:

@@ -46,6 +46,17 @@ INTEGER = {
     "rem": lambda a, b: a - quotient(a, b) * b,
 }
 SHIFTS = {"shl": shift_left, "shr": shift_right}
+HALVES = {"s16x2": np.int16, "u16x2": np.uint16}  # two in one register
+
+
+def of_halves(function, half):
+    """``function`` of both 16-bit halves of its operands, each by itself."""
+
+    def run(*values):
+        pairs = function(*[value.view(half).reshape(-1, 2) for value in values])
+        return np.ascontiguousarray(pairs).reshape(-1).view(np.uint32)
+
+    return run
 
 
 @opcode(*INTEGER, "fma")
@@ -55,7 +66,8 @@ def arithmetic(instruction, kernel):
         return float_operation(instruction, kernel)
     if any(part in instruction.parts for part in ("sat", "cc")):
         raise Unsupported(instruction.text)
-    return elementwise(instruction, kernel, [kind] * (1 if name in UNARY else 2), INTEGER[name])
+    function = of_halves(INTEGER[name], HALVES[kind]) if kind in HALVES else INTEGER[name]
+    return elementwise(instruction, kernel, [kind] * (1 if name in UNARY else 2), function)
 
 
 @opcode(*SHIFTS)

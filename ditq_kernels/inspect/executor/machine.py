@@ -37,6 +37,7 @@ class Machine:
         wobble: by how many units of the last place approximate instructions may be off, at random.
         matrix_unit: how fp32 sums of matrix instructions are cut, of :func:`.tensor_core.unit_of`; None rounds them.
         lanes: threads that run at once, as long as a block has no more.
+        copies_need_fence: see :class:`.driver.Session`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Machine:
         wobble: int = 0,
         matrix_unit: tuple[int, int] | None = None,
         lanes: int = 4096,
+        copies_need_fence: bool = True,
     ) -> None:
         self.program, self.parameters, self.grid, self.threads = program, parameters, grid, threads
         self.shared_bytes = program.kernel.static_shared + shared_bytes
@@ -58,7 +60,8 @@ class Machine:
         self.ctas_at_once = 1 if program.has_mbarriers else max(1, lanes // threads)
         self.random = np.random.default_rng(0)
         self.executed: collections.Counter[str] = collections.Counter()
-        self.disagreements = 0
+        self.copies_need_fence = copies_need_fence
+        self.disagreements = self.unfenced_copies = 0
         self.steps = 0
 
     def launch(self) -> None:
@@ -69,6 +72,7 @@ class Machine:
             for first in range(0, len(all_ctas), self.ctas_at_once):
                 self._run(all_ctas[first : first + self.ctas_at_once])
                 self.disagreements += self.shared.disagreements
+                self.unfenced_copies += self.shared.unfenced_copies
 
     def _begin(self, ctas):
         kernel, threads = self.program.kernel, self.threads
@@ -84,7 +88,9 @@ class Machine:
             for width in kernel.widths
         ]
         self.clocks = Clocks(len(ctas), threads // WARP, MOST_MBARRIERS if self.program.has_mbarriers else 0)
-        self.shared = SharedMemory(len(ctas), self.shared_bytes, threads, self.program.grain, self.clocks)
+        self.shared = SharedMemory(
+            len(ctas), self.shared_bytes, threads, self.program.grain, self.clocks, self.copies_need_fence
+        )
         self.local = np.full((self.lanes, kernel.local_bytes), POISON & 0xFF, np.uint8)
         self.copies = CopyGroups(self)
         self.matrices = MatrixGroups(self)

@@ -13,6 +13,7 @@ DTYPE = {f"{kind}{8 * width}": UNSIGNED[width] for kind in "bu" for width in (1,
 DTYPE |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
 DTYPE |= {"f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_}
 DTYPE |= {"bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "f32x2": np.uint64, "b128": UNSIGNED[16]}
+DTYPE |= {"s16x2": np.uint32, "u16x2": np.uint32}
 
 Builder = Callable[[Instruction, Kernel], Callable]
 BUILDERS: dict[str, Builder] = {}

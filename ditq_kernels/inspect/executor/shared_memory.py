@@ -19,10 +19,14 @@ class SharedMemory:
         size: bytes of one block's.
         threads: of a block.
         grain: the fewest bytes that the kernel reads or writes at once: records are kept for so many.
+        copies_need_fence: see :class:`.driver.Session`.
     """
 
-    def __init__(self, ctas: int, size: int, threads: int, grain: int, clocks: Clocks) -> None:
+    def __init__(
+        self, ctas: int, size: int, threads: int, grain: int, clocks: Clocks, copies_need_fence: bool = True
+    ) -> None:
         self.ctas, self.size, self.clocks, self.grain = ctas, size, clocks, grain
+        self.copies_need_fence = copies_need_fence
         self.stride = -(-size // 16) * 16
         raw = np.full(ctas * self.stride, SHARED_POISON, np.uint8)
         self.data = {width: raw.view(UNSIGNED[width]) for width in (1, 2, 4, 8, 16)}
@@ -33,7 +37,9 @@ class SharedMemory:
         self.writer = np.full(records, NOBODY, np.int16)
         self.written = np.zeros(records, np.int32)  # the writer's step
         self.generic = np.zeros(records, np.bool_)  # written by an instruction, which engines see behind a fence only
+        self.copied = np.zeros(records, np.bool_)  # written by cp.async
         self.readers = np.zeros((records, clocks.agents), np.int32)  # each agent's step at its last read
+        self.unfenced_copies = 0  # reads by engines that were let through because copies need no fence
         self.disagreements = 0  # lanes whose value another of the same warp replaced in the same instruction
 
     def index(self, addresses: np.ndarray, width: int, lanes: np.ndarray) -> np.ndarray:
@@ -66,7 +72,11 @@ class SharedMemory:
         if by_engine:
             shown = (self.clocks.fenced[rows, writer] >= step) | ~self.generic[records] | (writer == NOBODY)
             if not shown.all():
-                raise Fault(f"an engine {what} stores that no fence.proxy.async has shown to it")
+                of_copies = bool(self.copied[records][~shown].all())
+                if self.copies_need_fence or not of_copies:
+                    written = "copies by cp.async" if of_copies else "stores"
+                    raise Fault(f"an engine {what} {written} that no fence.proxy.async has shown to it")
+                self.unfenced_copies += 1
 
     def _check_readers(self, records, rows, by_engine=False):
         """All reads of each record must be known to the warp that writes it, and behind a fence to an engine."""
@@ -89,14 +99,14 @@ class SharedMemory:
         """``width`` bytes at each address."""
         return self.data[width][self.touch(addresses, width, lanes)]
 
-    def _claim(self, index, width, rows, writer, step, by_engine=False, generic=True):
+    def _claim(self, index, width, rows, writer, step, by_engine=False, generic=True, copied=False):
         records, rows = self._records(index, width, rows)
         self._check_writers(records, rows, "overwrites", by_engine, initialised=False)
         self._check_readers(records, rows, by_engine)
         many = width // self.grain
         self.writer[records] = np.repeat(writer, many) if np.ndim(writer) and many > 1 else writer
         self.written[records] = np.repeat(step, many) if np.ndim(step) and many > 1 else step
-        self.generic[records] = generic
+        self.generic[records], self.copied[records] = generic, copied
         self.readers[records] = 0
 
     def store(self, addresses: np.ndarray, width: int, values: np.ndarray, lanes: np.ndarray) -> None:
@@ -115,7 +125,7 @@ class SharedMemory:
 
     def start_copy(self, index: np.ndarray, width: int, lanes: np.ndarray) -> None:
         """A cp.async of ``lanes`` will write the elements; until it was waited for, nobody may touch them."""
-        self._claim(index, width, self.warp[lanes], self.clocks.pending, 1)
+        self._claim(index, width, self.warp[lanes], self.clocks.pending, 1, copied=True)
         self.data[width][index] = np.full(1, SHARED_POISON, np.uint8).repeat(width).view(UNSIGNED[width])
 
     def arrive(self, index: np.ndarray, width: int, values: np.ndarray, lanes: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 # Bytes of each type; predicates are kept as one boolean.
 WIDTH = {kind + str(bits): bits // 8 for bits in (8, 16, 32, 64) for kind in "bsu"}
 WIDTH |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f32x2": 8, "f64": 8, "pred": 0, "b128": 16}
+WIDTH |= {"s16x2": 4, "u16x2": 4}
 # Opcodes whose first operand is no result.
 WITHOUT_RESULT = frozenset(
     ("st", "bar", "barrier", "bra", "ret", "exit", "cp", "fence", "membar", "red", "prefetch", "trap", "setmaxnreg")
