@@ -1,0 +1,79 @@
+"""Every barrier, wait, commit and fence of some kernels is taken away, each by itself: its absence is found, or it is
+harmless for a reason that is known.
+"""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from changed_kernels import (
+    INPUTS,
+    executing,
+    gradient,
+    in_a_compiling_process,
+    product,
+    smallest,
+    text_of,
+    verdict,
+)
+
+# What is taken away, and what is left in its place.
+KINDS = {
+    "barrier": (r"^\s*bar\.sync\s+0;", ""),
+    "copy wait": (r"cp\.async\.wait_group\s+\d+;", ""),
+    "copy commit": (r"cp\.async\.commit_group;", ""),
+    "proxy fence": (r"fence\.proxy\.async\.shared::cta;", ""),
+    "matrix fence": (r"wgmma\.fence\.sync\.aligned;", ""),
+    "matrix commit": (r"wgmma\.commit_group\.sync\.aligned;", ""),
+    "matrix wait": (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "mbarrier init": (r"@%p\d+ mbarrier\.init[^;]*;", ""),
+    "mbarrier expect": (r"@%p\d+ mbarrier\.arrive\.expect_tx[^;]*;", ""),
+    "mbarrier wait": (r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 complete, 0, 0;"),
+    "mbarrier end": (r"@%p\d+ mbarrier\.inval[^;]*;", ""),
+}
+
+
+def computations(arch):
+    """By name."""
+    config = smallest("w4_g128", 1, "in_loop", arch)
+    yield "in_loop w4_g128 x i8", product("w4_g128", torch.int8, config, (config.block_m, 64, INPUTS), arch)
+    config = smallest("w8", 1, "int8", arch)
+    yield "dense", product("w8", torch.int8, config, (config.block_m, 64, INPUTS), arch)
+    if arch == 90:
+        config = smallest("w8", 2, "in_loop", arch)
+        yield "in_loop w8 x bf16", product("w8", torch.bfloat16, config, (config.block_m, 64, INPUTS), arch)
+        config = smallest("w8", 1, "int8", arch, descriptors=True)
+        # Two programs share three tiles.
+        yield "dense descriptors", product("w8", torch.int8, config, (config.block_m, 192, INPUTS), arch)
+        yield "gradient w8", gradient("w8", (64, 256, 128), arch)
+
+
+def without(text, places, instead):
+    """``text`` with something in place of what lies at ``places``."""
+    for start, end in sorted(places, reverse=True):
+        text = text[:start] + instead + text[end:]
+    return text
+
+
+def takings(arch):
+    """[kernel, kind, number or "all that are harmless", of how many, verdict, what is said]."""
+    with executing(arch) as session:
+        for name, compute in computations(arch):
+            text = text_of(session, compute)
+            for kind, (pattern, instead) in KINDS.items():
+                places = [found.span() for found in re.finditer(pattern, text, re.M)]
+                harmless = []
+                for number, place in enumerate(places):
+                    found = verdict(session, compute, lambda text, place=place: without(text, [place], instead))
+                    if found[0] == "ok":
+                        harmless.append(place)
+                    yield name, kind, number, len(places), *found
+                if len(harmless) > 1:
+                    found = verdict(session, compute, lambda text: without(text, harmless, instead))
+                    yield name, kind, "all that are harmless", len(harmless), *found
+
+
+if __name__ == "__main__":
+    print(json.dumps([taking for taking in takings(int(sys.argv[1]))]))
