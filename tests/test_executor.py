@@ -274,11 +274,12 @@ def test_producers_and_consumers_meet_at_mbarriers():
     run(PIPELINE, y=y)
     assert y.tolist() == [256 * turn + lane for turn in range(3) for lane in range(32)]
     refused("reads what was written by warp 0|nobody wrote", PIPELINE.replace(WAITS_FULL, ""), y=output(96))
-    refused("overwrites what was read by warp 1", PIPELINE.replace(WAITS_EMPTY, ""), y=output(96))
+    # The producer runs ahead, and the phase that the consumer waits for has gone.
+    refused("nobody is left to arrive", PIPELINE.replace(WAITS_EMPTY, ""), y=output(96))
     never = PIPELINE.replace("mbarrier.arrive.shared::cta.b64 _, [memory+1024];", "")
     refused("nobody is left to arrive", never, y=output(96))
     refused("nobody is left to arrive", PIPELINE.replace("[memory+1024], 32", "[memory+1024], 33"), y=output(96))
-    refused("more arrivals", PIPELINE.replace("[memory+1024], 32", "[memory+1024], 31"), y=output(96))
+    refused("more arrivals", PIPELINE.replace("_, [memory+1024];", "_, [memory+1024], 33;"), y=output(96))
     uninitialised = PIPELINE.replace("mbarrier.init.shared::cta.b64 [memory+1032], 32;", "")
     refused("nobody wrote", uninitialised, y=output(96))
     refused("waits at what was written by warp 0|arrives at", PIPELINE.replace("READY:\nbar.sync 0;", "READY:"), y=y)
@@ -344,8 +345,8 @@ def test_tensor_copies_arrive_at_their_mbarrier():
     assert torch.equal(y.view(16, 4), expected)
     for wrong, message in (
         (BOX.replace("@!%p2 bra WAIT;", ""), "a tensor copy that was not waited for"),
-        (BOX.replace("_, [memory+1024], 256", "_, [memory+1024], 260"), "nobody is left to arrive"),
-        (BOX.replace("_, [memory+1024], 256", "_, [memory+1024], 252"), "nobody is left to arrive"),
+        (BOX.replace("_, [memory+1024], 256", "_, [memory+1024], 260"), "waits for ever"),
+        (BOX.replace("_, [memory+1024], 256", "_, [memory+1024], 252"), "waits for ever"),
         (BOX.replace("READY:\nbar.sync 0;", "READY:"), "waits at what was written by warp 0"),
         (BOX.replace("READY:", "READY:\nst.shared.b32 [at], t;"), "race"),  # while the engine writes there
         ("st.shared.b32 [at], t;\nbar.sync 0;\n" + BOX, "an engine overwrites stores that no fence.proxy.async"),

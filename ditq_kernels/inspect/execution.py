@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.config import shared_memory
+from ..kernels.config import family, shared_memory
 from ..kernels.device import Device, standing_in
 from ..revision import commit
 from .cases import edges, passes, products
@@ -28,7 +28,7 @@ from .cases.case import Case, Mismatch
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 QUICK_ARCHITECTURES = (80, 90)
-NOT_EXECUTED = {100: "the executor does not know tcgen05, which multiplies its 16-bit operands"}
+NOT_EXECUTED = {10: "the executor does not know tcgen05, which multiplies its 16-bit operands"}  # by family
 OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # arguments that kernels may write
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether the processes are done
 OK = "ok"
@@ -56,6 +56,11 @@ class Outcome:
     launches: int
     executed: int
     steps: int
+
+
+def why_not_executed(arch: int) -> str:
+    """What :data:`ARCHITECTURES` does not hold."""
+    return NOT_EXECUTED.get(family(arch), "another of its family stands for it")
 
 
 def cases(arch: int, quick: bool = False, match: str = "") -> list[Case]:
