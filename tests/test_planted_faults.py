@@ -98,7 +98,8 @@ def longer_by_one(number):
 
 def a_step_less(text):
     """The innermost loop of matrix instructions ends when one step of 128 is left."""
-    back = r"setp\.lt\.s32\s+(%p\d+), (%r\d+), (%r\d+);(?=\s*(?:\.loc[^\n]*\s*|\$L__tmp\w+:\s*|//[^\n]*\s*)*@\1 bra\s+(\$\w+);)"
+    no_code = r"\s*(?:\.loc[^\n]*\s*|\$L__tmp\w+:\s*|//[^\n]*\s*)*"
+    back = rf"setp\.lt\.s32\s+(%p\d+), (%r\d+), (%r\d+);(?={no_code}@\1 bra\s+(\$\w+);)"
     for found in re.finditer(back, text):
         label = text.find(f"\n{found.group(4)}:")
         if 0 <= label < found.start() and "mma" in text[label : found.start()]:
@@ -133,20 +134,54 @@ PLANTED = (
     Planted("copies that do not stop at the edge", "dense", COPY, r"\g<1>0x\2, 0x\2;", EVERYWHERE),
     Planted("an output stored without its guard", "dense", r"@%p\d+ (st\.global)", r"\1", EVERYWHERE),
     Planted("an output stored where it should not be", "dense", r"@(%p\d+ st\.global)", r"@!\1"),
-    Planted("sums of another column", "dense", r"(st\.shared\S+ \[ %r\d+ \+ 0 \], \{ )(%rs\d+), (%rs\d+)", r"\1\3, \2", arch=80),
-    Planted("sums stored in another order", "in_loop", r"(stmatrix\S*\s+\[%r\d+\], \{)(%r\d+), (%r\d+)", r"\1\3, \2", arch=90),
-    Planted("16-bit pairs exchanged", "in_loop 16", r"(cvt\.rn\.bf16x2\.f32\s+%r\d+, )(%r\d+), (%r\d+);", r"\1\3, \2;", arch=90),
-    Planted("halves of two words exchanged", "in_loop 16", r"(prmt\.b32 %r\d+, f0, f1, )0x7632;", r"\g<1>0x3276;", arch=80),
+    Planted(
+        "sums of another column",
+        "dense",
+        r"(st\.shared\S+ \[ %r\d+ \+ 0 \], \{ )(%rs\d+), (%rs\d+)",
+        r"\1\3, \2",
+        arch=80,
+    ),
+    Planted(
+        "sums stored in another order",
+        "in_loop",
+        r"(stmatrix\S*\s+\[%r\d+\], \{)(%r\d+), (%r\d+)",
+        r"\1\3, \2",
+        arch=90,
+    ),
+    Planted(
+        "16-bit pairs exchanged",
+        "in_loop 16",
+        r"(cvt\.rn\.bf16x2\.f32\s+%r\d+, )(%r\d+), (%r\d+);",
+        r"\1\3, \2;",
+        arch=90,
+    ),
+    Planted(
+        "halves of two words exchanged", "in_loop 16", r"(prmt\.b32 %r\d+, f0, f1, )0x7632;", r"\g<1>0x3276;", arch=80
+    ),
     Planted("matrices that are not turned", "gradient", r"(ldmatrix\S*)\.trans", r"\1", arch=80),
     Planted("a part of a sum left out", "small", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )16,", r"\g<1>8,"),
     Planted("every program takes the first rows", "quantize", r"mov\.u32(\s+%r\d+), %ctaid\.x;", r"mov.b32\1, 0;"),
-    Planted("rounding towards zero", "quantize", r"cvt\.rni", "cvt.rzi", EVERYWHERE),
+    Planted("rounding by another number", "quantize", "0f4B400000", "0f4B000000"),
     Planted(
-        "a box at another place", "descriptors", r"(cp\.async\.bulk\S+ \[%r\d+\], \[%rd\d+, \{)(%r\d+), (%r\d+)",
-        r"\1\3, \2", EVERYWHERE, 90,
+        "a box at another place",
+        "descriptors",
+        r"(cp\.async\.bulk\S+ \[%r\d+\], \[%rd\d+, \{)(%r\d+), (%r\d+)",
+        r"\1\3, \2",
+        EVERYWHERE,
+        90,
     ),
-    Planted("a part of a descriptor's product twice", "descriptors", r"(add\.s64\s+%rd\d+, %rd\d+, )2;", r"\g<1>0;", arch=90),
-    Planted("fewer bytes than are copied", "descriptors", r"(expect_tx\S+ _, \[%r\d+\], )16384;", r"\g<1>16128;", arch=90),
+    Planted(
+        "a part of a descriptor's product twice",
+        "descriptors",
+        r"(add\.s64\s+%rd\d+, %rd\d+, 46\d+)2;",
+        r"\g<1>4;",
+        arch=90,
+    ),
+    # The two highest bits: over 128 bytes, and over 64.
+    Planted("another swizzle of a descriptor", "descriptors", r"4611686293305294848;", "9223372311732682752;", arch=90),
+    Planted(
+        "fewer bytes than are copied", "descriptors", r"(expect_tx\S+ _, \[%r\d+\], )16384;", r"\g<1>16128;", arch=90
+    ),
     Planted("sums that are not kept", "dense", r"(wgmma\.mma_async[^;]*), (?:%p\d+|1);", r"\1, 0;", EVERYWHERE, 90),
 )
 

@@ -11,7 +11,7 @@ from ditq_kernels.inspect.executor.parser import parse
 from ditq_kernels.inspect.executor.program import translate
 
 # Every kernel finds: its thread's number ``t``, ``lane`` and ``warp``; ``memory``, an array in shared memory, and
-# ``at``, 4 bytes for each thread in it; and for each tensor its address, by the tensor's name, and ``NAME_at``, likewise.
+# ``at``, 4 bytes for each thread in it; for each tensor its address, by the tensor's name, and ``NAME_at``, likewise.
 HEADER = """
 .version 8.4
 .target sm_90a
