@@ -79,13 +79,46 @@ def takings(arch):
 
 
 # Reasons.
-APART = "it stands between copies to different places, and orders no two accesses that others do not"
+APART = "it stands between copies to different places, before which nobody has read: no accesses are ordered by it"
+APART_OR_READ = APART + "; and before the output is stored where all have been waited for and met since"
+ONE_TILE = APART + "; and at the beginning of a tile, of which a program computes one"
+EVERY_STEP = (
+    ONE_TILE + "; and before a stage is filled again, which all have done with before the barrier of the step, and "
+    "before the output is stored to such a stage"
+)
+EACH_OTHER = "they stand in for each other: one of them has to be between the mbarriers' beginning and the first wait"
+ENDS = "nothing uses the memory again"
 NEXT_COMMIT = "the next commit closes its copies as well, soon enough for the wait"
 NEXT_WAIT = "the next commit and wait hold for its products as well, and nothing touches these between"
-FIRST_FENCE = "the registers were touched before the first fence, which stands close before it"
+FIRST_FENCE = "nothing is touched between the first fence and this one that the second product takes"
+IN_LOOP_8, IN_LOOP_16 = "in_loop w4_g128 x i8", "in_loop w8 x bf16"
 
 # [architecture, kernel, kind]: what may be taken away, one by one; whether all of it together is found missing; why.
-HARMLESS = {}
+HARMLESS = {
+    (80, IN_LOOP_8, "barrier"): ((0, 1), False, APART),
+    (80, IN_LOOP_8, "copy commit"): ((0, 1), False, NEXT_COMMIT),
+    (80, "dense", "barrier"): ((2, 3, 4), False, ONE_TILE),
+    (80, "dense", "copy commit"): ((0,), False, NEXT_COMMIT),
+    (90, IN_LOOP_8, "barrier"): ((0, 1, 4), False, APART_OR_READ),
+    (90, IN_LOOP_8, "copy commit"): ((0, 1), False, NEXT_COMMIT),
+    (90, IN_LOOP_8, "matrix fence"): ((1,), False, FIRST_FENCE),
+    (90, IN_LOOP_8, "matrix commit"): ((0,), False, NEXT_WAIT),
+    (90, IN_LOOP_8, "matrix wait"): ((0,), False, NEXT_WAIT),
+    (90, IN_LOOP_16, "barrier"): ((0, 1), False, APART),
+    (90, IN_LOOP_16, "copy commit"): ((0, 1, 2), False, NEXT_COMMIT),
+    (90, IN_LOOP_16, "matrix fence"): ((1,), False, FIRST_FENCE),
+    (90, IN_LOOP_16, "matrix commit"): ((0,), False, NEXT_WAIT),
+    (90, IN_LOOP_16, "matrix wait"): ((0,), False, NEXT_WAIT),
+    (90, "dense", "barrier"): ((0, 2, 3, 4, 6), False, EVERY_STEP),
+    (90, "dense", "copy commit"): ((0,), False, NEXT_COMMIT),
+    (90, "dense descriptors", "barrier"): ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12), True, EACH_OTHER),
+    (90, "dense descriptors", "mbarrier end"): ((0, 1, 2, 3), False, ENDS),
+    (90, "gradient w8", "copy commit"): ((0, 1, 3, 4), False, NEXT_COMMIT),
+    (90, "gradient w8", "proxy fence"): ((1,), False, "nothing is stored between the first fence and this one"),
+    (90, "gradient w8", "matrix fence"): ((1,), False, FIRST_FENCE),
+    (90, "gradient w8", "matrix commit"): ((0,), False, NEXT_WAIT),
+    (90, "gradient w8", "matrix wait"): ((0,), False, NEXT_WAIT),
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
