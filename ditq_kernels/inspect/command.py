@@ -38,7 +38,8 @@ def execute_kernels(
         as_json: print a list of objects, one a case, in place of lines.
 
     Raises:
-        ValueError: for an architecture that cannot be executed, or if there is no case or none matches.
+        ValueError: for an architecture that cannot be executed, if there is no case or none matches, or if there is no
+            folder for ``out``.
     """
     import json
 
@@ -49,7 +50,9 @@ def execute_kernels(
     architectures = asked or (execution.QUICK_ARCHITECTURES if quick else execution.ARCHITECTURES)
     for arch in set(architectures) - set(execution.ARCHITECTURES):
         known = ", ".join(f"sm_{known}" for known in execution.ARCHITECTURES)
-        raise ValueError(f"sm_{arch} cannot be executed; --arch takes {known}")
+        raise ValueError(f"sm_{arch} cannot be executed: another of its family stands for it; --arch takes {known}")
+    if out is not None and not out.absolute().parent.is_dir():  # said now, and not when hours have passed
+        raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}")
     count = execution.count(architectures, quick, match)
     if not count and match:
         raise ValueError(f"no case's name holds {match!r}; without --match all are executed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -102,20 +102,32 @@ def identity(fmt: WeightFormat, config: Config, kind: torch.dtype):
     return equal(dispatch.linear_a16(eye, weight, None, False, config).float(), expected, "weight")
 
 
+def _smallest(configs: Iterable[Config]) -> set[Config]:
+    """Of each route the smallest tile that pointers copy, the one that descriptors do, and none where there is none."""
+    by_area = sorted(configs, key=lambda config: config.block_m * config.block_n)
+    kinds: dict[tuple[str, bool, bool], Config] = {}
+    for config in by_area:
+        kinds.setdefault((config.route, config.descriptors, config.block_m > 0), config)
+    return set(kinds.values())
+
+
 def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
     for activation_bytes in (1, 2, 4):
         seen = set()
-        for number, config in enumerate(selectable(fmt, activation_bytes, max(2, activation_bytes), arch)):
+        configs = selectable(fmt, activation_bytes, max(2, activation_bytes), arch)
+        # fp32 takes the routes of 16-bit activations: two formats stand for all.
+        quickly = _smallest(configs) if activation_bytes < 4 or fmt.name in EXPANDED_WITH_EVERY_TILE else set()
+        for number, config in enumerate(configs):
             first = config.route not in seen
             seen.add(config.route)
             if config.route != "expanded" or not config.block_m or first or fmt.name in EXPANDED_WITH_EVERY_TILE:
-                yield from _of_config(fmt, activation_bytes, config, number, first, arch)
+                yield from _of_config(fmt, activation_bytes, config, number, config in quickly, arch)
 
 
 def _of_config(
-    fmt: WeightFormat, activation_bytes: int, config: Config, number: int, first: bool, arch: int
+    fmt: WeightFormat, activation_bytes: int, config: Config, number: int, quick: bool, arch: int
 ) -> Iterator[Case]:
-    """Every dtype on an even shape, one of them in turn on a ragged one; ``first``: of its route."""
+    """Every dtype on an even shape, one of them in turn on a ragged one, which may be among the quick cases."""
     if activation_bytes == 1:
         kinds = [kind for kind in A8_OUTPUTS if kind[0] != torch.int32 or not fmt.promoted]
     else:
@@ -125,13 +137,13 @@ def _of_config(
     for shape, (dtype, biased) in [(even_shape(config), kind) for kind in kinds] + [
         (ragged_shape(config, number), ragged)
     ]:
-        quick = first and shape[2] == RAGGED_INPUTS
+        chosen = quick and shape[2] == RAGGED_INPUTS
         if activation_bytes == 1:
             name = f"{fmt.name} x i8 to {SHORT[dtype]} {config} {shape}"
-            yield case_of(config.route, name, product_a8, fmt, shape, config, dtype, biased, quick=quick)
+            yield case_of(config.route, name, product_a8, fmt, shape, config, dtype, biased, quick=chosen)
         else:
             name, arguments = f"{fmt.name} x {SHORT[dtype]} {config} {shape}", (fmt, shape, config, dtype, biased, arch)
-            yield case_of(config.route, name, product_a16, *arguments, quick=quick)
+            yield case_of(config.route, name, product_a16, *arguments, quick=chosen)
     entering = {1: torch.int8, 2: BF16, 4: FP32}[activation_bytes]
     label = f"{fmt.name} x {SHORT[entering]}"
     if activation_bytes > 1 and config.route in dispatch.LOADS_WITH_SILU:

@@ -185,14 +185,17 @@ def _wait(instruction, kernel):
         lanes = m.chosen(mask)
         at, wanted = m.spread(where(m)), m.spread(parity(m)) & np.uint32(1)
         m.shared.touch(at[lanes], 8, lanes, "waits at")
-        done = np.zeros(m.lanes, np.bool_)
+        done, early = np.zeros((2, m.lanes), np.bool_)
         for block in np.unique(m.cta_of_lane[lanes]):
             here = lanes[m.cta_of_lane[lanes] == block]
             for address, phase in sorted({(int(at[lane]), int(wanted[lane])) for lane in here}):
                 which = here[(at[here] == address) & (wanted[here] == phase)]
-                if m.mbarriers.wait(int(block), address, phase, np.unique(m.row_of_lane[which])):
+                asked = int(block), address, phase, np.unique(m.row_of_lane[which])
+                if m.mbarriers.asks_early(*asked):
+                    early[which] = True
+                elif m.mbarriers.wait(*asked):
                     done[which] = True
-        m.waited(lanes, done[lanes])
+        m.waited(lanes, (done | early)[lanes])
         keep(m, done, mask)
 
     return run

@@ -233,7 +233,7 @@ class Machine:
         return np.where(ordinary, (value.view(np.int32) + off).view(np.float32), value)
 
     def waited(self, lanes: np.ndarray, done: np.ndarray) -> None:
-        """``lanes`` asked for a phase that is complete, or not yet: these wait until some phase completes."""
+        """``lanes`` asked for a phase; those that are not ``done``, nor may ask again, wait until one completes."""
         self.idle_waits = 0 if done.any() else self.idle_waits + 1
         if self.idle_waits > MOST_IDLE_WAITS:
             raise Fault("waits for ever")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Barrier:
     expected, pending: arrivals of a phase, and those still to come; ``bytes_due``: of copies, likewise.
     arriving, complete: what those knew who arrived (seen, fenced): in the phase that runs, and in complete ones.
     before: phases that barriers at the same place completed; ``phase``: that this one has.
+    asked: warps that have asked for the last complete phase.
     """
 
     agent: int
@@ -29,6 +30,7 @@ class Barrier:
     before: int
     bytes_due: int = 0
     phase: int = 0
+    asked: set[int] = field(default_factory=set)
 
     @property
     def next_step(self) -> int:
@@ -40,6 +42,7 @@ class Barrier:
         if self.pending or self.bytes_due:
             return False
         self.phase += 1
+        self.asked.clear()
         self.pending = self.expected
         self.complete = tuple(part.copy() for part in self.arriving)
         return True
@@ -88,6 +91,17 @@ class Barriers:
         barrier.pending -= count
         barrier.bytes_due += due
         return barrier.settle()
+
+    def asks_early(self, block: int, address: int, parity: int, rows: np.ndarray) -> bool:
+        """Whether the warps are told once that the complete phase of ``parity`` is not: they might as well have asked
+        before it was, unless they knew already. Who does not ask again has waited for nothing.
+        """
+        barrier = self.at(block, address)
+        known = self.clocks.seen[rows, barrier.agent] >= barrier.before + barrier.phase
+        if barrier.phase & 1 == parity or known.all() or barrier.asked.issuperset(rows.tolist()):
+            return False
+        barrier.asked.update(rows.tolist())
+        return True
 
     def wait(self, block: int, address: int, parity: int, rows: np.ndarray) -> bool:
         """Whether the phase of ``parity`` is complete; then the warps know what came of it."""
