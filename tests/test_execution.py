@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from ditq_kernels import cli
+from ditq_kernels import cli, revision
 from ditq_kernels.inspect import execution
 from ditq_kernels.kernels.config import CONFIGS
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
@@ -40,7 +41,8 @@ def test_the_quick_choice_computes_right(quick):
 def test_a_record_says_what_ran(quick):
     printed, record = quick
     assert record["triton"] == triton.__version__ and record["torch"] == torch.__version__
-    assert record["date"].startswith("20") and "commit" in record
+    assert (record["commit"] or "").rstrip("+") == (revision.commit() or "").rstrip("+")
+    assert record["date"].startswith("20")
     assert printed.endswith("\n".join(record["summary"]) + "\n")
     known = {line.split()[0] for line in record["summary"]}
     assert {f"sm_{arch}" for arch in ARCHITECTURES} <= known
@@ -68,8 +70,6 @@ def test_the_quick_choice_meets_every_route_and_format(arch):
 
 
 def _names(name, start, pattern):
-    import re
-
     return re.match(rf"{re.escape(start)} {pattern} ", name) is not None
 
 

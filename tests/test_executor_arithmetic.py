@@ -270,6 +270,8 @@ FROM_REGISTERS = WGMMA.replace("{%r31,%r32,%r33,%r34}, %d4,", "{%r31,%r32,%r33,%
     1,
 )
 
+FENCE = "wgmma.fence.sync.aligned;\n"
+
 
 def cores(matrix):
     """Eight rows of 16 bytes, then the 16 bytes beside them, then the next eight rows."""
@@ -303,6 +305,8 @@ def test_fragments_and_descriptors_of_a_warpgroup():
             "wgmma.fence.sync.aligned;\nadd.u32 %r31, %r31, 1;",
             "without a wgmma.fence",
         ),
+        (WGMMA, FENCE, FENCE + "bra NEXT;\nNEXT:", None),  # the fence may stand in an earlier block
+        (WGMMA, FENCE, FENCE + "add.u32 %r31, %r31, 0;\nbra NEXT;\nNEXT:", "without a wgmma.fence"),
         (WGMMA, "wgmma.commit_group.sync.aligned;", "", "touches the sums"),
         (WGMMA, "wgmma.wait_group.sync.aligned 0;", "", "touches the sums"),
         (WGMMA, "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", "touches the sums"),

@@ -177,13 +177,15 @@ class Machine:
         self.steps += len(steps)
         if self.steps > MOST_STEPS:
             raise Fault("does not end")
+        after = None
         for run, guard, negated, instruction in steps:
             active = mask
             if guard is not None:
                 active = self.registers[guard]
                 active = ~active if negated else active
                 if run is None:
-                    return active, instruction.target
+                    after = active, instruction.target
+                    break  # a branch ends its block
                 if active.size == 1:
                     if not active[0]:
                         continue
@@ -191,7 +193,8 @@ class Machine:
                 elif mask is not None:
                     active = active & mask
             elif run is None:
-                return None, instruction.target
+                after = None, instruction.target
+                break
             try:
                 if self.matrices.flying:
                     self.matrices.check(instruction, active)
@@ -201,7 +204,7 @@ class Machine:
         if self.program.has_matrices:
             self.matrices.leave_block(steps, mask)
         self.executed.update(steps.opcodes)
-        return None
+        return after
 
     # What instructions ask for.
 
