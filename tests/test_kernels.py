@@ -94,7 +94,9 @@ def test_16_bit_activation_products(fmt, shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES[1:7], ids=lambda shape: "M{}-N{}-K{}".format(*shape))
+@pytest.mark.parametrize(
+    "shape", [shape for shape in SHAPES if 1 < shape[0] < 200], ids=lambda shape: "M{}-N{}-K{}".format(*shape)
+)
 @formats
 def test_gradients_of_the_input(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
