@@ -27,7 +27,7 @@ SHAPES = (
     (17, 24, 2240),
     (530, 136, 128),
 )
-# Where kernels are compiled, each shape asks for others, in every format and type, and a lent GPU's time is short: one of
+# Where kernels are compiled, each shape asks for others, for every format and type, and time on a GPU is short: one of
 # few rows, a ragged one and one of many rows stand for all. `inspect --execute` computes with all compiled forms.
 ON_A_GPU = ((2, 96, 200), (17, 80, 130), (257, 64, 256))
 if os.environ.get("TRITON_INTERPRET") != "1":
