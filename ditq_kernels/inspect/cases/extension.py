@@ -40,7 +40,7 @@ SHAPES = (
     (16, 7, 201),
 )
 QUICK_SHAPES = ((3, 72, 144), (16, 40, 2240), (16, 7, 201))
-IDENTITY_LAUNCHES = 20
+IDENTITY_INPUTS = {16: 320, 8: 160, 4: 160}  # by the rows at a time
 CODES_SHAPES = ((4, 40, 656), (16, 33, 1040), (7, 24, 203))
 QUICK_FORMATS = ("w8_g32", "w4_g128")
 
@@ -82,8 +82,8 @@ def whole_numbers(fmt: WeightFormat, shape: tuple[int, int, int], dtype: torch.d
 
 def identity(fmt: WeightFormat, dtype: torch.dtype, rows: int):
     """One-hot rows, ``rows`` at a time: the product is the weight itself."""
-    weight = with_powers_of_two(stored(fmt, 40, rows * IDENTITY_LAUNCHES)[0])
-    eye = torch.eye(rows * IDENTITY_LAUNCHES, dtype=dtype)
+    weight = with_powers_of_two(stored(fmt, 40, IDENTITY_INPUTS[rows])[0])
+    eye = torch.eye(IDENTITY_INPUTS[rows], dtype=dtype)
     found = torch.cat([cuda.small_product(part, weight, None) for part in eye.split(rows)])
     return equal(found.float(), reference.dequantize(weight).T, "weight")
 
@@ -145,7 +145,7 @@ def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
             bias = BIASES[(number + place) % len(BIASES)]
             name = f"{label} {shape} whole numbers, {'no' if bias is None else SHORT[bias]} bias"
             yield case_of(FAMILY, name, whole_numbers, fmt, shape, dtype, bias, quick=quick and not number)
-        for rows in (16, 8, 4) if dtype != FP32 else (16,):  # each takes another instance of the matrix kernel
+        for rows in IDENTITY_INPUTS if dtype != FP32 else (16,):  # each takes another instance of the matrix kernel
             quick_one = quick and rows == 16
             yield case_of(FAMILY, f"{label} identity, {rows} rows", identity, fmt, dtype, rows, quick=quick_one)
         yield case_of(FAMILY, f"{label} anywhere", anywhere, fmt, dtype, arch, quick=quick and dtype == BF16)
