@@ -273,9 +273,7 @@ def find_lacks(python: str) -> str:
 
 
 def pack_logs(out: Path) -> None:
-    """All logs in one file, each below a line with its name, in place of many small ones: what came out of a lent
-    machine is often few files.
-    """
+    """All logs in one file, each below a line with its name, in place of many small ones: one is easier to carry off."""
     logs = sorted((out / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
     text = "".join(f"===== {path.stem} =====\n{_read(path)[-MOST_LOG:].rstrip()}\n\n" for path in logs)
     (out / "logs.txt").write_text(text)

@@ -216,6 +216,16 @@ def test_who_only_arrives_does_not_wait():
     refused("arrives twice", twice, y=output())
 
 
+def test_who_only_arrives_neither_tells_nor_learns_what_comes_later():
+    late = ONE_WAY.replace("@%p1 bar.arrive 1, 64;", "@%p1 bar.arrive 1, 64;\n@%p1 st.shared.b32 [at], 77;")
+    refused("race", late, y=output())
+
+
+@pytest.mark.parametrize("count", [32, 48])
+def test_a_barrier_of_too_few_threads(count):
+    refused("at once|no whole warps", f"bar.sync 1, {count};")
+
+
 def test_a_barrier_that_some_threads_miss():
     body = "setp.eq.u32 %p1, {}, 0;\n@%p1 bra SKIP;\nbar.sync 0;\nSKIP:\nbar.sync 1;"
     refused("reached by some threads", body.format("warp"))

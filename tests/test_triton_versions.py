@@ -31,11 +31,11 @@ def read_by_a_matrix_instruction(shared):
 def test_matrix_instructions_read_copies_behind_a_proxy_fence():
     shared = shared_memory(True)
     copy_16_bytes(shared)
-    shared.clocks.meet(shared.clocks.rows)
+    shared.clocks.meet_blocks()
     with pytest.raises(Fault, match=r"copies by cp\.async that no fence\.proxy\.async has shown"):
         read_by_a_matrix_instruction(shared)
     shared.clocks.fence(shared.clocks.rows)
-    shared.clocks.meet(shared.clocks.rows)
+    shared.clocks.meet_blocks()
     read_by_a_matrix_instruction(shared)
     assert shared.unfenced_copies == 0
 
@@ -45,7 +45,7 @@ def test_where_copies_need_no_fence_they_are_counted_and_stores_still_need_one()
     copy_16_bytes(shared)
     with pytest.raises(Fault, match="race"):  # without a barrier, others do not know of it
         read_by_a_matrix_instruction(shared)
-    shared.clocks.meet(shared.clocks.rows)
+    shared.clocks.meet_blocks()
     read_by_a_matrix_instruction(shared)
     assert shared.unfenced_copies >= 4  # one of each warp
     stored = shared_memory(False)

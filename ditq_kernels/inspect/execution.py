@@ -34,6 +34,7 @@ WITHOUT_TRITON = {100: "the executor does not know tcgen05, which multiplies its
 OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # arguments that kernels may write
 # Triton puts a proxy fence between cp.async and wgmma since this version; see Session.copies_need_fence.
 COPIES_FENCED_SINCE = (3, 7)
+WOBBLE = 2  # units of the last place that approximate divisions, exponentials and roots may be off
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether the processes are done
 OK = "ok"
 VERDICTS = (OK, "MISMATCH", "FAULT", "REFUSED", "UNSUPPORTED", "ERROR")
@@ -160,7 +161,7 @@ def run(request: Request) -> Iterator[Outcome]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN or the largest
     sessions = {
-        arch: driver.Session(arch, shared_memory(arch), copies_need_fence=copies_need_fence())
+        arch: driver.Session(arch, shared_memory(arch), WOBBLE, copies_need_fence=copies_need_fence())
         for arch in request.architectures
     }
     by_name: dict[str, list[tuple[int, Case]]] = {}

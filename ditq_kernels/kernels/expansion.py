@@ -95,6 +95,8 @@ def chunks(out_features: int, in_features: int, element_bytes: int) -> list[tupl
     """(first output, outputs) of the stretches that are decoded at a time: as few as the scratch allows, equal but for
     the last, each a multiple of 128 outputs.
     """
+    if not out_features:
+        return []
     largest = max(_BLOCK, SCRATCH_BYTES // (in_features * element_bytes) // _BLOCK * _BLOCK)
     size = cdiv(cdiv(out_features, cdiv(out_features, largest)), _BLOCK) * _BLOCK
     return [(first, min(size, out_features - first)) for first in range(0, out_features, size)]
@@ -142,8 +144,10 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
         with torch.no_grad():  # which functions with an output given ask for
             if bias is None:
                 torch.mm(x, w.T, out=product)
-            else:
+            elif product.is_contiguous():
                 torch.addmm(bias.to(x.dtype), x, w.T, out=product)
+            else:  # into a part of the output PyTorch adds the bias as a matrix, behind a rounding (seen on an H200)
+                product.copy_(torch.addmm(bias.to(x.dtype), x, w.T))
     return y
 
 

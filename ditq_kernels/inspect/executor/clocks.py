@@ -40,12 +40,6 @@ class Clocks:
         """A next step begins: what was done before can be told from what comes."""
         self.seen[rows, self.local[rows]] += 1
 
-    def meet(self, rows: np.ndarray) -> None:
-        """The warps, all of one block, know what each of them knew."""
-        for table in (self.seen, self.fenced):
-            table[rows] = table[rows].max(0)
-        self.advance(rows)
-
     def meet_blocks(self, ctas: np.ndarray | None = None) -> None:
         """All warps of whole blocks meet, block by block; None: of all blocks."""
         chosen = slice(None) if ctas is None else ctas

@@ -22,13 +22,14 @@ from triton.runtime.driver import driver as active_driver
 
 from . import tensor_core
 from .copies import TensorMap
-from .faults import POISON, UNSIGNED, Unsupported
+from .faults import POISON, UNSIGNED, Fault, Unsupported
 from .global_memory import GlobalMemory, Region
 from .machine import Machine
 from .parser import parse
 from .program import Program, translate
 
 _TARGET = re.compile(r"^\.(?:target|version).*$", re.M)
+MOST_BLOCKS_ASIDE = 65535  # CUDA C++ Programming Guide, table of technical specifications
 MULTIPROCESSORS = 3  # few, so that persistent programs loop
 PLAIN = {"i1": np.int8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "fp32": np.float32}
 PLAIN |= {f"u{bits}": kind for bits, kind in ((8, np.uint8), (16, np.uint16), (32, np.uint32), (64, np.uint64))}
@@ -127,6 +128,8 @@ def run(
         if isinstance(value, np.ndarray) and value.nbytes != parameter.size:
             raise TypeError(f"{parameter} is given {value.nbytes} bytes")
     threads = kernel.threads or threads
+    if max(grid[1:]) > MOST_BLOCKS_ASIDE:
+        raise Fault(f"a grid of {grid} thread blocks: along y and z there are {MOST_BLOCKS_ASIDE} at most")
     key = _key(session, text, grid, shared, regions, values) if session.memory is not None else None
     if key is not None and key in session.memory:
         launch, results = session.memory[key]
@@ -171,7 +174,8 @@ def run(
 def _key(session, text, grid, shared, regions, values):
     """Of the instructions, whatever architecture they are for, and all that they are given."""
     digest = hashlib.sha256(_TARGET.sub("", text).encode())
-    digest.update(repr((grid, shared, tensor_core.unit_of(session.arch))).encode())
+    settings = session.wobble, session.truncates, session.copies_need_fence, tensor_core.unit_of(session.arch)
+    digest.update(repr((grid, shared, settings)).encode())
     for region in regions:
         digest.update(f"{region.name} {region.size} {region.first % 16}".encode())
         digest.update(region.saved())

@@ -32,8 +32,11 @@ def barrier(instruction, kernel):
 
 @opcode("fence")
 def fence(instruction, kernel):
-    """Only the fence between the generic and the async proxy orders more than this machine does already."""
-    if instruction.parts[:3] != ("fence", "proxy", "async"):
+    """Only the fence between the generic and the async proxy of shared memory orders more than this machine does
+    already.
+    """
+    parts = instruction.parts
+    if parts[:3] != ("fence", "proxy", "async") or (len(parts) > 3 and not parts[3].startswith("shared")):
         return nothing(instruction, kernel)
     return lambda m, mask: m.clocks.fence(m.rows(mask))
 
