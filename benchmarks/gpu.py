@@ -273,7 +273,7 @@ def find_lacks(python: str) -> str:
 
 
 def pack_logs(out: Path) -> None:
-    """All logs in one file, each below a line with its name, in place of many small ones: one is easier to carry off."""
+    """All logs in one file, each below a line with its name: one file is easier to carry off than many."""
     logs = sorted((out / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
     text = "".join(f"===== {path.stem} =====\n{_read(path)[-MOST_LOG:].rstrip()}\n\n" for path in logs)
     (out / "logs.txt").write_text(text)
