@@ -50,7 +50,7 @@ def test_where_copies_need_no_fence_they_are_counted_and_stores_still_need_one()
     assert shared.unfenced_copies >= 4  # one of each warp
     stored = shared_memory(False)
     stored.store(np.array([SHARED_BASE], np.uint64), 16, np.zeros(1, UNSIGNED[16]), LANE)
-    stored.clocks.meet(stored.clocks.rows)
+    stored.clocks.meet_blocks()
     with pytest.raises(Fault, match=r"stores that no fence\.proxy\.async has shown"):
         read_by_a_matrix_instruction(stored)
 
