@@ -1,5 +1,5 @@
-"""Arithmetic of floating-point numbers: IEEE with one rounding; approximate functions rounded correctly, or off at
-random where the machine wobbles.
+"""Arithmetic of floating-point numbers: IEEE with one rounding; approximate functions rounded correctly, or off by
+a few units of the last place where the machine wobbles.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Machine:
         grid: thread blocks along x, y, z.
         threads: of a block.
         shared_bytes: of a block, beyond the arrays that the kernel declares.
-        wobble: by how many units of the last place approximate instructions may be off, at random.
+        wobble: by how many units of the last place approximate instructions may be off, each value by its own.
         matrix_unit: how fp32 sums of matrix instructions are cut, of :func:`.tensor_core.unit_of`; None rounds them.
         lanes: threads that run at once, as long as a block has no more.
         copies_need_fence: see :class:`.driver.Session`.
