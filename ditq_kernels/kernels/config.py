@@ -175,6 +175,8 @@ def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
 BARRIER_BYTES = 64
 WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
+# (group, block_m, num_warps) of decoding in the loop that ptxas, on sm_80, holds to two registers less than it takes.
+TOO_FEW_REGISTERS = {(2 * HALF_BLOCK, 64, 8), (32, 32, 4)}
 SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read without bank conflicts
 
 
@@ -200,9 +202,9 @@ def _registers_suffice(config: Config, problem: Problem) -> bool:
         return accumulators <= (128 if warpgroups else 64)
     # Decoded in the loop. Without warpgroup instructions the activations pass through registers as well.
     if problem.fmt.promoted:
-        whole_groups = problem.activation_bytes == 1 and problem.fmt.group == 2 * HALF_BLOCK
-        if whole_groups and family(problem.capability) == 8 and (config.block_m, config.num_warps) == (64, 8):
-            return False  # ptxas holds it to 128 registers, two too few
+        integer, tile = problem.activation_bytes == 1, (config.block_m, config.num_warps)
+        if integer and family(problem.capability) == 8 and (problem.fmt.group, *tile) in TOO_FEW_REGISTERS:
+            return False
         accumulators *= 2  # the partial sum beside the total
         if problem.activation_bytes > 1:
             accumulators *= 2 if warpgroups or config.block_n <= 64 else 4

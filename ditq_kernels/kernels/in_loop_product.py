@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..layer.formats import WeightFormat
-from .config import Config, cdiv, columns_per_part, family
+from .config import WARPGROUP_FAMILIES, Config, cdiv, columns_per_part, family
 from .decode import (
     BLOCK,
     HALF_BLOCK,
@@ -32,6 +32,10 @@ from .interpreter import interpreting
 from .operands import Operands
 from .silu import silu
 from .tile_order import tile_position
+
+# Of a thread, for 4-bit weights beside 16-bit activations: left to itself, ptxas takes 128 and spills two on sm_120;
+# allowed 168, it takes 116.
+MOST_REGISTERS = 168
 
 
 @triton.jit
@@ -74,6 +78,7 @@ def in_loop_product_kernel(
     COMPILED: tl.constexpr,
     PART: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    AWAITED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -122,7 +127,7 @@ def in_loop_product_kernel(
             else:
                 total = tl.dot(low, x_low, total, out_dtype=accumulator_type)
                 total = tl.dot(high, x_high, total, out_dtype=accumulator_type)
-                if COMPILED and not integer:
+                if AWAITED:
                     total = _awaited(total)
     if BITS == 4 and not integer:
         total = total * (1.0 / float_unit(operand_type, COMPILED))  # exact
@@ -149,13 +154,17 @@ def specialise(
         PART=columns_per_part(fmt),
         # Hopper's fragments bring neighbours along K in twos, which are not joined to be parted again; others in fours.
         AT_ONCE=2 if family(capability) == 9 else 4,
+        AWAITED=family(capability) == 9 and not integer and not interpreting(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
     # Each operation of epilogue and promotion rounds once, as in the reference: no fused multiply-add. Sums of 16-bit
     # products have no order that backends share, so there promotion may fuse.
-    fused = fmt.promoted and not integer
-    return constants, dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=fused)
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    options["enable_fp_fusion"] = fmt.promoted and not integer
+    if fmt.bits == 4 and not integer and family(capability) not in WARPGROUP_FAMILIES and config.num_warps == 4:
+        options["maxnreg"] = MOST_REGISTERS
+    return constants, options
 
 
 def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
