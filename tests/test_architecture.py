@@ -55,7 +55,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("command",),
     ),
     "inspect/executor": (
-        ("__init__", "syntax", "faults"),
+        ("__init__", "syntax", "spelling", "faults"),
         ("parser", "operands", "clocks", "global_memory", "tensor_core"),
         ("floats", "bits", "memory_access", "copies", "threads", "shared_memory", "mbarriers"),
         ("integers", "conversions", "matrices"),

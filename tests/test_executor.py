@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_ptx import ptx, run
 
+from ditq_kernels.inspect.executor import driver
 from ditq_kernels.inspect.executor.copies import TensorMap
 from ditq_kernels.inspect.executor.faults import UNSIGNED, Fault, Unsupported
 from ditq_kernels.inspect.executor.global_memory import Region
@@ -98,6 +99,14 @@ def test_global_memory_has_bounds():
     refused("misaligned", COPY.replace("[x_at]", "[x_at+2]"), x=numbers(), y=output())
     vectors = COPY.replace("ld.global.b32 %r1", "ld.global.v2.b32 {%r1, %r2}")
     refused("misaligned: 8 bytes", vectors, x=numbers(80), y=output())
+
+
+def test_no_tensor_is_reached_from_another():
+    both = numbers(128)
+    run(COPY, x=both[64:], y=both[:64])  # neighbours
+    refused("out of bounds: 4 bytes at byte 256 of x", COPY.replace("[x_at]", "[x_at+4]"), x=both[:64], y=both[64:])
+    refused("writes y, which shares memory with x", COPY, x=both[:64], y=both[:64])
+    refused("writes y, which shares memory with x", COPY, x=both[:64], y=both[63:])
 
 
 def test_gaps_between_rows_are_out_of_bounds():
@@ -380,11 +389,47 @@ def test_tensor_copies_arrive_at_their_mbarrier():
         "mbarrier.arrive.noComplete.shared::cta.b64 %d1, [at], 1;",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [%d1], 16, [at];",
         "no_such_instruction.b32 %r1, %r2;",
+        # Known, with a modifier that nobody reads.
+        "cvt.rni.f32.f32 %r1, %r2;",
+        "cvt.rn.relu.bf16x2.f32 %r1, %r2, %r3;",
+        "fma.rn.relu.f16x2 %r1, %r2, %r3, %r3;",
+        "max.NaN.bf16x2 %r1, %r2, %r3;",
+        "min.xorsign.abs.f32 %r1, %r2, %r3;",
+        "setp.lt.ftz.f32 %p1, %r1, %r2;",
+        "add.sat.s32 %r1, %r2, %r3;",
+        "add.rz.f32 %r1, %r2, %r3;",
+        "tanh.approx.f32 %r1, %r2;",
+        "st.async.shared::cluster.b32 [at], t;",
+        "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [at];",
+        "mbarrier.arrive.shared::cluster.b64 _, [at];",
     ],
 )
 def test_what_is_not_implemented_is_refused_before_anything_runs(statement):
     with pytest.raises(Unsupported):
         translate(parse(ptx(statement)))
+
+
+def test_what_was_executed_is_known_by_all_that_it_was_given():
+    session, x = driver.Session(90, 0), numbers(64)
+
+    def key(text="", threads=64, tensor=x, box=(16, 4), swizzle=0, session=session):
+        region = Region("x", tensor)
+        described = TensorMap(region, np.zeros((8, 8)), box, swizzle)
+        address = np.array([region.first], np.uint64)
+        return driver._key(session, text, (1, 1, 1), threads, 0, [region], [address, described])
+
+    assert key() == key() == key(".target sm_80") == key(tensor=x.clone())
+    others = [
+        key("ret;"),
+        key(threads=32),
+        key(tensor=x.view(8, 8)),
+        key(tensor=torch.arange(100, 228, dtype=torch.int32)[::2]),
+        key(tensor=x + 1),
+        key(box=(8, 4)),
+        key(swizzle=3),
+        key(session=driver.Session(80, 0)),
+    ]
+    assert len({key(), *others}) == 9
 
 
 def test_a_loop_without_an_end(monkeypatch):

@@ -12,7 +12,7 @@ from tiny_ptx import run
 from ditq_kernels.inspect.executor import tensor_core
 from ditq_kernels.inspect.executor.conversions import to_integer
 from ditq_kernels.inspect.executor.faults import Fault
-from ditq_kernels.inspect.executor.floats import from_bf16, fused_multiply_add, to_bf16
+from ditq_kernels.inspect.executor.floats import from_bf16, fused_multiply_add, greater, lesser, to_bf16
 
 
 def rounded(exact: Fraction, bits: int, smallest: int, toward_zero: bool = False) -> Fraction:
@@ -75,6 +75,21 @@ def test_bf16_is_rounded_to_nearest_even():
     for value, result in zip(values.tolist(), found.tolist(), strict=True):
         assert Fraction(result) == rounded(Fraction(value), 8, -133)
     assert to_bf16(fp32([np.inf, -np.inf, np.nan, 3.4e38])).tolist() == [0x7F80, 0xFF80, 0x7FFF, 0x7F80]
+
+
+def test_the_lesser_of_two_zeros_is_negative():
+    zeros = fp32([0.0, -0.0, 0.0, -0.0, np.nan, -1.0])
+    others = fp32([-0.0, 0.0, 0.0, -0.0, -1.0, np.nan])
+    assert np.signbit(lesser(zeros, others)).tolist() == [True, True, False, True, True, True]
+    assert np.signbit(greater(zeros, others)).tolist() == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("mode,start,expected", [("idx", 33, [1] * 32), ("up", 1, [0, *range(31)])])
+def test_a_shuffle_takes_five_bits_of_a_lane(mode, start, expected):
+    y = torch.full((32,), -1, dtype=torch.int32)
+    clamp = 0 if mode == "up" else 31
+    run(f"shfl.sync.{mode}.b32 %r1, lane, {start}, {clamp}, -1;\nst.global.b32 [y_at], %r1;", threads=32, y=y)
+    assert y.tolist() == expected
 
 
 def test_integers_of_floats():

@@ -61,7 +61,7 @@ def run(body: str, threads: int = 64, shared: int = 4096, unit=None, extra=None,
         more = ", ".join(f".param .align 64 .b8 {name}[128]" for name in extra)
         text = text.replace(")\n.reqntid", f"{', ' if tensors else ''}{more})\n.reqntid", 1)
     regions = [Region(name, tensor) for name, tensor in tensors.items()]
-    parameters = {f"{name}_given": np.array([tensor.data_ptr()], np.uint64) for name, tensor in tensors.items()}
+    parameters = {f"{region.name}_given": np.array([region.first], np.uint64) for region in regions}
     memory = GlobalMemory(regions)
     machine = Machine(translate(parse(text)), parameters | extra, (1, 1, 1), threads, shared, memory, matrix_unit=unit)
     machine.launch()

@@ -132,9 +132,10 @@ def norm_modulate_kernel(
     """LayerNorm and modulation of one row, ``norm(x) * (1 + scale) + shift``; quantized if ``y`` is int8. One program a
     row, kept in registers.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    inside_batch = tl.program_id(0).to(tl.int64)
-    row = batch * rows_per_batch + inside_batch
+    program = tl.program_id(0)
+    batch = (program // rows_per_batch).to(tl.int64)
+    inside_batch = program % rows_per_batch
+    row = program.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     value = tl.load(x + batch * stride_batch + inside_batch * stride_m + k, mask=inside, other=0).to(tl.float32)
@@ -228,7 +229,7 @@ def _norm_modulate(
     shift, scale = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
     block, options = specialise(columns)
     with launch_device(x):
-        norm_modulate_kernel[(rows, batches)](
+        norm_modulate_kernel[(rows * batches,)](
             x,
             weight,
             bias,

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import Unsupported
 from .operands import destination, elementwise, opcode, source
 from .syntax import SINK, Pair
 
 
 @opcode("prmt")
 def permute_bytes(instruction, kernel):
-    if instruction.parts[-1] != "b32":
-        raise Unsupported(instruction.text)
-
     def permute(a, b, selector):
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
         result = np.zeros(1, np.uint32)
@@ -77,8 +73,6 @@ def set_predicate(instruction, kernel):
     kind = instruction.parts[-1]
     compare = comparison(instruction.parts[1], kind.startswith("f"))
     combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(instruction.parts[2])
-    if kind in ("bf16", "f16x2", "bf16x2"):
-        raise Unsupported(instruction.text)
     result, a, b, *third = instruction.operands
     first, second = (result.first, result.second) if isinstance(result, Pair) else (result, SINK)
     keep, keep_not = destination(first, kernel), destination(second, kernel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import UNSIGNED, Unsupported
+from .faults import UNSIGNED
 from .floats import from_bf16, to_bf16
 from .operands import DTYPE, destination, elementwise, opcode, source
 from .syntax import WIDTH, Vector
@@ -58,11 +58,8 @@ def to_integer(kind, rounding):
 @opcode("cvt")
 def convert(instruction, kernel):
     *modes, to, of = instruction.parts[1:]
-    rounding = [mode for mode in modes if mode in ("rn", "rz", "rm", "rp", *ROUND)]
-    if tuple(instruction.parts[1:]) == ("sat", "f32", "f32"):
+    if modes == ["sat"] and to == "f32":
         return elementwise(instruction, kernel, ["f32"], lambda x: np.fmax(np.fmin(x, np.float32(1)), np.float32(0)))
-    if any(mode not in ("rn", "ftz", "sat", *ROUND) for mode in modes) or ("sat" in modes and "f" in to):
-        raise Unsupported(instruction.text)
     if to in ("bf16x2", "f16x2"):
         narrow = to_bf16 if to == "bf16x2" else (lambda x: x.astype(np.float16).view(np.uint16))
 
@@ -76,11 +73,7 @@ def convert(instruction, kernel):
     if of == "bf16" and to == "f32":
         return elementwise(instruction, kernel, [of], from_bf16)
     if "f" in of and "f" not in to:
-        if of == "bf16" or rounding[0] not in ROUND:
-            raise Unsupported(instruction.text)
-        return elementwise(instruction, kernel, [of], to_integer(to, rounding[0]))
-    if "bf16" in (to, of):
-        raise Unsupported(instruction.text)
+        return elementwise(instruction, kernel, [of], to_integer(to, modes[0]))
     if "sat" in modes:
         info, dtype = np.iinfo(DTYPE[to]), DTYPE[to]
         return elementwise(instruction, kernel, [of], lambda x: np.clip(x, info.min, info.max).astype(dtype))

@@ -37,8 +37,6 @@ def copy(instruction, kernel):
     if parts[2] == "wait_group":
         newest = instruction.operands[0].bits
         return lambda m, mask: m.copies.wait(newest, mask)
-    if parts[2] not in ("ca", "cg"):
-        raise Unsupported(instruction.text)
     into, of, size, *rest = instruction.operands
     width = size.bits
     bytes_read = source(rest[0], "u32", kernel) if rest else lambda m: np.full(1, width, np.uint32)
@@ -67,9 +65,6 @@ def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
 
 def tensor_copy(instruction, kernel):
     """cp.async.bulk.tensor.2d from global to shared memory."""
-    parts = instruction.parts
-    if parts[3:5] != ("tensor", "2d") or not parts[5].startswith("shared") or parts[6] != "global":
-        raise Unsupported(instruction.text)
     if len(instruction.operands) != 3:
         raise Unsupported(instruction.text)  # to several blocks of a cluster, or with a cache hint
     into, tensor, signal = instruction.operands
@@ -128,11 +123,7 @@ def mbarrier(instruction, kernel):
         return _initialise(address_of(operands[0], "u32", kernel), operands[1].bits)
     if action == "inval":
         return _invalidate(address_of(operands[0], "u32", kernel))
-    if action == "arrive" and "noComplete" not in parts:
-        return _arrive(instruction, kernel)
-    if action in ("try_wait", "test_wait") and "parity" in parts:
-        return _wait(instruction, kernel)
-    raise Unsupported(instruction.text)
+    return (_arrive if action == "arrive" else _wait)(instruction, kernel)
 
 
 def _initialise(where, count):
@@ -168,9 +159,9 @@ def _arrive(instruction, kernel):
         if not lanes.size:
             return
         m.shared.touch(at[lanes], 8, lanes, "arrives at")
-        number = int(m.spread(rest[0](m))[lanes[0]]) if rest else 0
-        count, due = (1, number) if expects else (number or 1, 0)
-        for lane in lanes:
+        numbers = m.spread(rest[0](m))[lanes].tolist() if rest else [0 if expects else 1] * len(lanes)
+        for lane, number in zip(lanes, numbers, strict=True):
+            count, due = (1, number) if expects else (number, 0)
             if m.mbarriers.arrive(int(lane) // m.threads, int(at[lane]), int(m.row_of_lane[lane]), count, due):
                 m.phase_completed()
 

@@ -136,8 +136,9 @@ def small_product(
     kernel = kernel or kernel_for(x, weight)
     y = torch.full((rows, outputs), float("nan"), dtype=x.dtype)
     tensors = dict(x=x, qweight=qweight, scale=scale, group_code=group_code, bias=bias, y=y)
+    regions = {key: Region(key, tensor) for key, tensor in tensors.items() if tensor is not None}
     fields = _SMALL_PRODUCT.pack(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()),
+        *(regions[key].first if key in regions else 0 for key in tensors),
         FLOAT_TYPES[x.dtype],
         0 if bias is None else FLOAT_TYPES[bias.dtype],
         fmt.bits,
@@ -155,6 +156,5 @@ def small_product(
     text = instance(f"{name}_kernel", f"{name}.cu", session.arch, x.dtype, *numbers)
     if int(_THREADS.search(text).group(1)) < threads:
         raise Fault(f"{threads} threads are more than the kernel was compiled for")
-    regions = [Region(key, tensor) for key, tensor in tensors.items() if tensor is not None]
-    driver.run(session, text, grid, regions, [np.frombuffer(fields, np.uint8)], threads=threads)
+    driver.run(session, text, grid, list(regions.values()), [np.frombuffer(fields, np.uint8)], threads=threads)
     return y

@@ -121,7 +121,8 @@ def run(
         shared: bytes of shared memory of a block, beyond the arrays that the kernel declares.
         threads: of a block, for a kernel that does not say it itself.
     """
-    program = program_of(session.change(text) if session.change else text)
+    text = session.change(text) if session.change else text
+    program = program_of(text)
     kernel = program.kernel
     values = values + [np.zeros(1, np.uint64)] * (len(kernel.parameters) - len(values))
     for parameter, value in zip(kernel.parameters, values, strict=True):
@@ -130,7 +131,7 @@ def run(
     threads = kernel.threads or threads
     if max(grid[1:]) > MOST_BLOCKS_ASIDE:
         raise Fault(f"a grid of {grid} thread blocks: along y and z there are {MOST_BLOCKS_ASIDE} at most")
-    key = _key(session, text, grid, shared, regions, values) if session.memory is not None else None
+    key = _key(session, text, grid, threads, shared, regions, values) if session.memory is not None else None
     if key is not None and key in session.memory:
         launch, results = session.memory[key]
         for region in regions:
@@ -171,16 +172,20 @@ def run(
         session.memory[key] = launch, {region.name: region.saved() for region in regions if region.written is not None}
 
 
-def _key(session, text, grid, shared, regions, values):
+def _key(session, text, grid, threads, shared, regions, values):
     """Of the instructions, whatever architecture they are for, and all that they are given."""
     digest = hashlib.sha256(_TARGET.sub("", text).encode())
     settings = session.wobble, session.truncates, session.copies_need_fence, tensor_core.unit_of(session.arch)
-    digest.update(repr((grid, shared, settings)).encode())
+    digest.update(repr((grid, threads, shared, settings)).encode())
     for region in regions:
-        digest.update(f"{region.name} {region.size} {region.first % 16}".encode())
+        shape = tuple(region.tensor.shape), region.tensor.stride(), region.tensor.element_size()
+        digest.update(repr((region.name, shape, region.first % 16)).encode())
         digest.update(region.saved())
     for value in values:
-        digest.update(_without_addresses(value, regions).tobytes() if isinstance(value, np.ndarray) else b"address")
+        if isinstance(value, np.ndarray):
+            digest.update(_without_addresses(value, regions).tobytes())
+        else:
+            digest.update(repr((value.region.name, value.matrix.shape, value.box, value.swizzle)).encode())
     return digest.digest()
 
 
@@ -218,7 +223,7 @@ class Launcher:
     def _parameter(self, name, kind, argument, regions, described):
         if isinstance(argument, torch.Tensor):
             regions.append(Region(name, argument))
-            return [np.array([argument.data_ptr()], np.uint64)]
+            return [np.array([regions[-1].first], np.uint64)]
         if kind.startswith("tensordesc"):
             return self._descriptor(name, argument, regions, next(described))
         return [np.array([argument], PLAIN[kind])]

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import numpy as np
 import torch
 
 from .faults import UNSIGNED, Fault
 
+_FAR = 1 << 40  # bytes between the addresses of two regions
+_NUMBERS = itertools.count(256)  # behind PARAMETER_BASE
+
 
 class Region:
-    """The bytes of one tensor, gaps between its elements excluded, and which of them were written."""
+    """The bytes of one tensor, gaps between its elements excluded, and which of them were written.
+
+    Attributes:
+        first: the address that kernels know the tensor by: far from every other's, so that who misses one does not hit
+            another, and aligned as the tensor is.
+    """
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         item = tensor.element_size()
         self.name, self.tensor = name, tensor
-        self.first = tensor.data_ptr()
+        held = tensor.data_ptr()
+        self.first = next(_NUMBERS) * _FAR + held % 4096
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         self.size = reach * item if tensor.numel() else 0
         self.end = self.first + self.size
         self.start = self.first & ~15
         padded = -(-(self.end - self.start) // 16) * 16
-        raw = np.frombuffer((ctypes.c_uint8 * padded).from_address(self.start), np.uint8) if padded else np.zeros(0)
+        raw = np.frombuffer((ctypes.c_uint8 * padded).from_address(held & ~15), np.uint8) if padded else np.zeros(0)
         self.views = {width: raw.view(UNSIGNED[width]) for width in (1, 2, 4, 8, 16)} if padded else {}
         self.elements = None if reach == tensor.numel() else self._elements(reach, item)
         counted = None if self.elements is None else np.concatenate(([0], np.cumsum(self.elements)))
@@ -57,13 +67,18 @@ class Region:
             raise Fault(f"lanes store different values to one place of {self.name}")
         self.written[bytes_] = True
 
+    @property
+    def bytes(self) -> np.ndarray:
+        """All from the first to the last, gaps included."""
+        return self.views[1][self.first - self.start : self.end - self.start] if self.views else np.zeros(0, np.uint8)
+
     def saved(self) -> bytes:
-        """All from the first byte to the last, gaps included."""
-        return self.views[1][self.first - self.start : self.end - self.start].tobytes() if self.views else b""
+        """What :attr:`bytes` holds."""
+        return self.bytes.tobytes()
 
     def restore(self, saved: bytes) -> None:
         """The inverse of :meth:`saved`, for the bytes of elements."""
-        here = self.views[1][self.first - self.start : self.end - self.start]
+        here = self.bytes
         values = np.frombuffer(saved, np.uint8)
         here[:] = values if self.elements is None else np.where(self.elements, values, here)
 
@@ -76,10 +91,17 @@ class Region:
 
 
 class GlobalMemory:
-    """The regions of one launch."""
+    """The regions of one launch. Tensors that share memory may only be read."""
 
     def __init__(self, regions: list[Region]) -> None:
         self.regions = [region for region in regions if region.size]
+
+    def check_aliases(self) -> None:
+        """Fault if what was written by one name is part of a tensor of another."""
+        for region, other in itertools.permutations(self.regions, 2):
+            if region.written is None or not np.shares_memory(region.bytes, other.bytes):
+                continue
+            raise Fault(f"writes {region.name}, which shares memory with {other.name}")
 
     def _places(self, addresses, width):
         """(which of ``addresses``, their region) for each region that holds some."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import UNSIGNED, Unsupported
+from .faults import UNSIGNED
 from .floats import UNARY, float_operation
 from .operands import DTYPE, elementwise, opcode
 from .syntax import WIDTH
@@ -64,8 +64,6 @@ def arithmetic(instruction, kernel):
     name, kind = instruction.parts[0], instruction.parts[-1]
     if "f" in kind or name == "fma":
         return float_operation(instruction, kernel)
-    if any(part in instruction.parts for part in ("sat", "cc")):
-        raise Unsupported(instruction.text)
     function = of_halves(INTEGER[name], HALVES[kind]) if kind in HALVES else INTEGER[name]
     return elementwise(instruction, kernel, [kind] * (1 if name in UNARY else 2), function)
 
@@ -84,13 +82,11 @@ def multiply(instruction, kernel):
     if mode == "wide":
         wide = DTYPE[kind[0] + str(16 * WIDTH[kind])]
         return elementwise(instruction, kernel, [kind] * 2, lambda a, b: a.astype(wide) * b.astype(wide))
-    if mode == "hi" and WIDTH[kind] == 4:
+    if mode == "hi":
         wide, narrow = DTYPE[kind[0] + "64"], DTYPE[kind]
         return elementwise(
             instruction, kernel, [kind] * 2, lambda a, b: (a.astype(wide) * b.astype(wide) >> wide(32)).astype(narrow)
         )
-    if mode != "lo":
-        raise Unsupported(instruction.text)
     return elementwise(instruction, kernel, [kind] * 2, lambda a, b: a * b)
 
 
@@ -101,8 +97,6 @@ def multiply_add(instruction, kernel):
         name = kind[0] + str(16 * WIDTH[kind])
         wide = DTYPE[name]
         return elementwise(instruction, kernel, [kind, kind, name], lambda a, b, c: a.astype(wide) * b.astype(wide) + c)
-    if mode != "lo":
-        raise Unsupported(instruction.text)
     return elementwise(instruction, kernel, [kind] * 3, lambda a, b, c: a * b + c)
 
 
@@ -126,6 +120,7 @@ def insert_field(instruction, kernel):
     kind = instruction.parts[-1]
 
     def insert(a, b, position, length):
+        position, length = position & np.uint32(0xFF), length & np.uint32(0xFF)
         ones = shift_left(np.ones(1, a.dtype), length) - np.ones(1, a.dtype)
         return (b & ~shift_left(ones, position)) | shift_left(a & ones, position)
 

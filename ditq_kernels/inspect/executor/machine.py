@@ -72,6 +72,7 @@ class Machine:
                 self._run(all_ctas[first : first + self.ctas_at_once])
                 self.disagreements += self.shared.disagreements
                 self.unfenced_copies += self.shared.unfenced_copies
+        self.memory.check_aliases()
 
     def _begin(self, ctas):
         kernel, threads = self.program.kernel, self.threads

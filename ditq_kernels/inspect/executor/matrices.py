@@ -8,6 +8,7 @@ from .faults import WARP, Fault, Unsupported
 from .floats import from_bf16
 from .memory_access import unravel
 from .operands import DTYPE, address_of, destination, opcode, source, vector_of
+from .syntax import WIDTH
 from .tensor_core import multiply_accumulate
 
 # A fragment is [warps, lanes * registers * elements]; tables say which of them each element of a tile is.
@@ -68,8 +69,8 @@ def as_fp32(values, kind):
 def matrix_multiply(instruction, kernel):
     parts = instruction.parts
     into, of, left, _ = parts[-4:]
-    item = {"s8": 1, "bf16": 2, "f16": 2}.get(of)
-    if f"m16n8k{32 // item if item else 0}" not in parts or left != of or into not in ("f32", "s32"):
+    item = WIDTH[of]
+    if f"m16n8k{32 // item}" not in parts or left != of:
         raise Unsupported(instruction.text)
     saturate = "satfinite" in parts
     keeps = [destination(o, kernel) for o in instruction.operands[0].parts]
@@ -109,8 +110,6 @@ def _check_rows(rows):
 
 @opcode("ldmatrix")
 def load_matrix(instruction, kernel):
-    if "m8n8" not in instruction.parts or instruction.parts[-1] != "b16":
-        raise Unsupported(instruction.text)
     keeps = [destination(o, kernel) for o in vector_of(instruction.operands[0])]
     addresses, transposed = address_of(instruction.operands[1], "u32", kernel), "trans" in instruction.parts
 
@@ -133,8 +132,6 @@ def load_matrix(instruction, kernel):
 
 @opcode("stmatrix")
 def store_matrix(instruction, kernel):
-    if "m8n8" not in instruction.parts or instruction.parts[-1] != "b16":
-        raise Unsupported(instruction.text)
     reads = [source(o, "b32", kernel) for o in vector_of(instruction.operands[1])]
     addresses, transposed = address_of(instruction.operands[0], "u32", kernel), "trans" in instruction.parts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import UNSIGNED, Unsupported
+from .faults import UNSIGNED
 from .operands import DTYPE, access, address_of, destination, opcode, source, vector_of
 from .syntax import WIDTH, Symbol
 
@@ -95,8 +95,6 @@ def store(instruction, kernel):
     where, what = instruction.operands[:2]
     reads = [source(o, kind, kernel) for o in vector_of(what)]
     width = WIDTH[kind] * count
-    if space == "param":
-        raise Unsupported(instruction.text)
     addresses = _addresses(where, space, kernel)
 
     def run(m, mask):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .faults import Unsupported
 from .opcodes import BUILDERS
 from .operands import access
+from .spelling import is_known
 from .syntax import WIDTH, Kernel
 
 
@@ -66,7 +67,7 @@ def _translate(instruction, kernel, end: int) -> Callable | None:
         if kind != "bra":
             instruction.target = end
         return None
-    if kind not in BUILDERS:
+    if not is_known(instruction.opcode):
         raise Unsupported(instruction.text)
     return BUILDERS[kind](instruction, kernel)
 

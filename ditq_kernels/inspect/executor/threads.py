@@ -12,9 +12,6 @@ from .syntax import Immediate, Pair
 @opcode("bar", "barrier")
 def barrier(instruction, kernel):
     """bar.warp.sync; bar.sync and bar.arrive, also spelled barrier{.cta}."""
-    parts = [part for part in instruction.parts[1:] if part not in ("cta", "aligned", "sync", "arrive", "warp")]
-    if parts:
-        raise Unsupported(instruction.text)
     if "warp" in instruction.parts:
         return lambda m, mask: m.whole_warps(mask)
     number, *count = (source(operand, "u32", kernel) for operand in instruction.operands)
@@ -76,7 +73,7 @@ def shuffle(instruction, kernel):
             raise Fault("a shuffle among part of a warp")
         values = m.spread(read(m))
         lane = np.arange(m.lanes)
-        other = partners(mode, lane % WARP, m.spread(which(m)).astype(np.int64))
+        other = partners(mode, lane % WARP, m.spread(which(m) & np.uint32(WARP - 1)).astype(np.int64))
         inside = (other >= 0) & (other < WARP)
         other = np.where(inside, other, lane % WARP) + lane // WARP * WARP
         keep(m, values[other], mask)

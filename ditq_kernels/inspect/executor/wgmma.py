@@ -30,8 +30,8 @@ def warpgroup_matrix_multiply(instruction, kernel):
 def _matrix_async(instruction, kernel):
     shape, into, of = instruction.parts[4:7]
     n, k = (int(part) for part in shape.removeprefix("m64n").split("k"))
-    item = {"s8": 1, "bf16": 2, "f16": 2}.get(of)
-    if item is None or k * item != 32 or into not in ("f32", "s32"):
+    item = WIDTH[of]
+    if k * item != 32:
         raise Unsupported(instruction.text)
     sums, left, right, keep_sum, *flags = instruction.operands
     if any(flag.bits != 1 for flag in flags[:2]) or (flags and item == 1):
