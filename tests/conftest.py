@@ -9,8 +9,13 @@ import os
 import zlib
 from pathlib import Path
 
-import pytest
-import torch
+# Processes that test side by side share the cores, and so do those that they start; PyTorch reads this once.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # benchmarks/counted_kernels.py writes down what tests would compile on a GPU: they take one for granted, and the CPU
 # stands in for it.

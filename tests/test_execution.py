@@ -76,12 +76,10 @@ def _names(name, start, pattern):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--quick"], "--quick, --match and --out say what to execute: add --execute"),
-        (["--match", "w8"], "add --execute"),
+        (["--match", "w8"], "--match and --out say what to execute: add --execute"),
         (["--out", "record.json"], "add --execute"),
         (["--execute", "--driver"], "choose one of them"),
         (["--execute", "--arch", "sm_103"], "sm_103 cannot be executed: another of its family stands for it"),
-        (["--execute", "--arch", "sm_103"], "sm_103 cannot be executed: the executor does not know tcgen05"),
         (["--execute", "--arch", "sm_90", "sm_121"], "sm_121 cannot be executed: another of its family"),
         (["--execute", "--match", "nothing of this name"], "no case's name holds 'nothing of this name'"),
         (["--execute", "--quick", "--out", "no/such/folder/record.json"], "there is no folder"),

@@ -14,10 +14,6 @@ from ditq_kernels.inspect import inspection, machine_code, packed_operands, ship
 from ditq_kernels.kernels import config
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
-# sm_86 has the instructions and the shared memory of sm_89, registers aside: a few of its forms stand for all here.
-SAMPLED, EVERY = 86, 9
-ARCHITECTURES = tuple(arch for arch in inspection.ARCHITECTURES if arch != SAMPLED)
-
 # Configurations that no predicate would let through, each wrong in its own way.
 BAD_CONFIGURATIONS = """
 import dataclasses, json
@@ -55,18 +51,19 @@ def compiling_process(*arguments):
 
 @pytest.fixture(scope="module")
 def found():
-    """What `ditq inspect` says of the architectures: {arch: findings}."""
-    asked = (f"sm_{arch}" for arch in ARCHITECTURES)
-    result = compiling_process("-m", "ditq_kernels", "inspect", "--json", "--arch", *asked)
+    """What `ditq inspect --quick` says: {arch: findings}."""
+    result = compiling_process("-m", "ditq_kernels", "inspect", "--json", "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
     findings = json.loads(result.stdout)
-    return {arch: [finding for finding in findings if finding["arch"] == arch] for arch in ARCHITECTURES}
+    return {arch: [finding for finding in findings if finding["arch"] == arch] for arch in inspection.ARCHITECTURES}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_shipped_form_passes(arch, found):
-    variants = {variant.name: variant for variant in shipped.variants(arch)}
-    assert [finding["name"] for finding in found[arch]] == list(variants)
+@pytest.mark.parametrize("arch", inspection.ARCHITECTURES)
+def test_a_third_of_the_shipped_forms_passes(arch, found):
+    """`ditq inspect` inspects all, in some minutes more."""
+    every = list(shipped.variants(arch))
+    variants = {variant.name: variant for variant in (every[place] for place in inspection.places(arch, quick=True))}
+    assert [finding["name"] for finding in found[arch]] == list(variants) and len(variants) >= len(every) / 3
     for finding in found[arch]:
         variant = variants[finding["name"]]
         assert finding["failures"] == [], finding
@@ -94,19 +91,6 @@ def test_hopper_decodes_into_registers_and_hides_the_decoding(found):
 def test_dense_loops_leave_the_matrix_units_the_limit(arch, found):
     dense = [f for f in found[arch] if f["name"].startswith("dense")]
     assert dense and all(f["issue_slots"] < 1 for f in dense)
-
-
-def test_forms_of_an_architecture_that_is_like_another():
-    script = (
-        "import sys\nfrom ditq_kernels.inspect import inspection, shipped\n"
-        "arch, every = map(int, sys.argv[1:])\n"
-        "for variant in list(shipped.variants(arch))[::every]:\n"
-        "    print(inspection.inspect_variant(variant, arch).failures)\n"
-    )
-    result = compiling_process("-c", script, str(SAMPLED), str(EVERY))
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == len(range(0, len(list(shipped.variants(SAMPLED))), EVERY)) and set(lines) == {"()"}
 
 
 def test_every_valid_configuration_is_inspected():
@@ -195,7 +179,7 @@ def test_a_failure_is_an_exit_code_and_a_line(monkeypatch, capsys):
 
     code = machine_code.MachineCode("a kernel", 90, 255, 3, 10, 20, (), None, None, None)
     monkeypatch.setattr(
-        inspection, "inspect", lambda architectures, driver: iter([inspection.Finding(code, ("3 spills",))])
+        inspection, "inspect", lambda architectures, driver, quick: iter([inspection.Finding(code, ("3 spills",))])
     )
     assert cli.main(["inspect", "--arch", "sm_90"]) == 1
     printed = capsys.readouterr().out

@@ -15,9 +15,9 @@ def _inspect(args: argparse.Namespace) -> int:
         if args.driver:
             raise ValueError("--driver loads kernels on a GPU and --execute computes without one; choose one of them")
         return execute_kernels(args.arch, quick=args.quick, match=args.match, out=args.out, as_json=args.json)
-    if args.quick or args.match or args.out:
-        raise ValueError("--quick, --match and --out say what to execute: add --execute")
-    return inspect_kernels(args.arch, driver=args.driver, as_json=args.json)
+    if args.match or args.out:
+        raise ValueError("--match and --out say what to execute: add --execute")
+    return inspect_kernels(args.arch, driver=args.driver, quick=args.quick, as_json=args.json)
 
 
 def execute_kernels(
@@ -72,11 +72,14 @@ def execute_kernels(
     return 0 if all(outcome.verdict == execution.OK for outcome in outcomes) else 1
 
 
-def inspect_kernels(asked: Sequence[int] | None = None, *, driver: bool = False, as_json: bool = False) -> int:
+def inspect_kernels(
+    asked: Sequence[int] | None = None, *, driver: bool = False, quick: bool = False, as_json: bool = False
+) -> int:
     """Inspect every kernel for the architectures ``asked`` for (default: all), and print what is found; the exit code.
 
     Args:
         driver: load each kernel on this machine's GPU as well.
+        quick: inspect a third of the forms.
         as_json: print a list of objects, one a kernel, in place of lines.
 
     Raises:
@@ -94,8 +97,8 @@ def inspect_kernels(asked: Sequence[int] | None = None, *, driver: bool = False,
     findings = []
     if not as_json:
         print(inspection.HEADER)
-    inspected = inspection.inspect(architectures, driver=driver)
-    for finding in track(inspected, inspection.count(architectures), "kernel"):
+    inspected = inspection.inspect(architectures, driver=driver, quick=quick)
+    for finding in track(inspected, inspection.count(architectures, quick), "kernel"):
         findings.append(finding)
         if not as_json:
             print(inspection.line(finding), flush=True)
@@ -146,6 +149,6 @@ def add_commands(command: AddCommand) -> None:
         action="store_true",
         help="compute with every kernel, from its compiled PTX on this CPU, and compare with the reference (hours)",
     )
-    inspect.add_argument("--quick", action="store_true", help="with --execute: a choice that takes minutes")
+    inspect.add_argument("--quick", action="store_true", help="a choice of the kernels, which takes minutes")
     inspect.add_argument("--match", default="", metavar="TEXT", help="with --execute: cases whose name holds TEXT")
     inspect.add_argument("--out", type=Path, metavar="FILE", help="with --execute: JSON of all outcomes")

@@ -178,8 +178,12 @@ def run(request: Request) -> Iterator[Outcome]:
 
 
 def _run_part(request: Request, outcomes) -> None:
+    """Ends with the process that asked for it, however that ends."""
+    asks = multiprocessing.parent_process()
     for outcome in run(request):
         outcomes.put(outcome)
+        if asks is not None and not asks.is_alive():
+            return
 
 
 def count(architectures: Sequence[int], quick: bool = False, match: str = "") -> int:

@@ -18,6 +18,7 @@ from .shipped import variants
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
+QUICK_EVERY = 3  # form of an architecture that a quick inspection takes
 # The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
 # Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
 MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -95,16 +96,28 @@ def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
     return inspect_variant(list(variants(arch))[index], arch, driver)
 
 
-def count(architectures: Iterable[int]) -> int:
+def places(arch: int, quick: bool = False) -> list[int]:
+    """Which of the forms of ``arch`` are inspected: all, or every third, and those with a budget of instructions."""
+    return [
+        place
+        for place, variant in enumerate(variants(arch))
+        if not quick or place % QUICK_EVERY == 0 or variant.issue_budget is not None
+    ]
+
+
+def count(architectures: Iterable[int], quick: bool = False) -> int:
     """How many findings :func:`inspect` yields."""
-    return sum(1 for arch in architectures for _ in variants(arch))
+    return sum(len(places(arch, quick)) for arch in architectures)
 
 
-def inspect(architectures: Iterable[int], workers: int | None = None, driver: bool = False) -> Iterator[Finding]:
-    """Findings of every shipped form for ``architectures`` (10 * major + minor), in order, compiled by ``workers``
-    processes (default: one a core). A form that ends its compiler's process is a finding too.
+def inspect(
+    architectures: Iterable[int], workers: int | None = None, driver: bool = False, quick: bool = False
+) -> Iterator[Finding]:
+    """Findings of every shipped form, or of the :func:`places` that are ``quick``, for ``architectures`` (10 * major +
+    minor), in order, compiled by ``workers`` processes (default: one a core). A form that ends its compiler's process
+    is a finding too.
     """
-    jobs = [(index, arch, driver) for arch in architectures for index, _ in enumerate(variants(arch))]
+    jobs = [(index, arch, driver) for arch in architectures for index in places(arch, quick)]
     workers = workers or os.cpu_count() or 1
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     try:
