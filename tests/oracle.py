@@ -30,7 +30,8 @@ SHAPES = (
 # Where kernels are compiled, each shape asks for others in every format and type, and a GPU's time is short: one of few
 # rows, a ragged one and one of many rows stand for all. `inspect --execute` computes with every compiled form.
 ON_A_GPU = ((2, 96, 200), (17, 80, 130), (257, 64, 256))
-if os.environ.get("TRITON_INTERPRET") != "1":
+COMPILED = os.environ.get("TRITON_INTERPRET") != "1"
+if COMPILED:
     SHAPES = ON_A_GPU
 
 

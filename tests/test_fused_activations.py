@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import activations, assert_within_budget, generator
+from oracle import COMPILED, activations, assert_within_budget, generator
 
 from ditq_kernels import UnsupportedError, kernels
 from ditq_kernels.kernels import activation
@@ -26,7 +26,7 @@ def check_codes(codes, scales, exact, error, amax):
 @pytest.mark.parametrize("approximate", ops.GELU_FORMS)
 @static
 @dtypes
-@pytest.mark.parametrize("columns", [1, 200, 1152, 20000])
+@pytest.mark.parametrize("columns", [200, 20000] if COMPILED else [1, 200, 1152, 20000])
 def test_gelu_and_quantization(columns, dtype, static, approximate, device):
     x = activations(7, columns, dtype, device)
     amax = torch.tensor([2.5], device=device) if static else None
@@ -52,7 +52,7 @@ def norm_exact(x, weight, bias, shift, scale):
 @pytest.mark.parametrize("modulated", [False, True])
 @static
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 4, 200), (1, 3, 1152)])
+@pytest.mark.parametrize("shape", [(3, 4, 200), (1, 3, 1152)] + [(2, 5, 64)] * (not COMPILED))
 def test_norm_modulate_and_quantization(shape, dtype, static, modulated, affine, device):
     batch, tokens, columns = shape
     x = activations(batch * tokens, columns, dtype, device).unflatten(0, (batch, tokens))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _INT = r"[su](16|32|64)"
+_WHOLE = r"[su](8|16|32|64)"
 _BITS = r"b(16|32|64)"
 _ANY = r"([bsu](16|32|64)|f32|f64)"
 _SHARED = r"(\.shared(::cta)?)"
@@ -20,8 +21,8 @@ _DATA = rf"{_ORDER}(\.v[248])?\.([bsu](8|16|32|64)|b128|f16|f32|f64)"
 SPELLINGS: dict[str, str] = {
     "mov": r"\.([bsu](16|32|64)|b128|f16|f32|f64|pred)",
     "cvta": r"(\.to)?\.(global|shared|local|param)\.u(32|64)",
-    "cvt": rf"((\.sat)?\.[su](8|16|32|64)\.[su](8|16|32|64)|\.r[nzmp]i(\.sat)?\.{_INT}\.(f16|f32|f64)|\.rn\.f32\.{_INT}"
-    rf"|\.rn\.f64\.[su]32|\.rn\.f16\.{_INT}|\.f32\.b?f16|\.f64\.f32|\.rn\.f32\.f64|\.rn\.b?f16(x2)?\.f32|\.sat\.f32\.f32)",
+    "cvt": rf"((\.sat)?\.{_WHOLE}\.{_WHOLE}|\.r[nzmp]i(\.sat)?\.{_WHOLE}\.(f16|f32|f64)|\.rn\.(f16|f32|f64)\.{_WHOLE}"
+    r"|\.f32\.b?f16|\.f64\.f32|\.rn\.f32\.f64|\.rn\.b?f16(x2)?\.f32|\.sat\.f32\.f32)",
     "ld": rf"({_ORDER}{_PLACE}|\.param){_DATA}",
     "ldu": rf"\.global{_DATA}",
     "st": rf"{_ORDER}{_PLACE}{_DATA}",
