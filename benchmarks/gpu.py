@@ -202,7 +202,7 @@ def _extension(machine: Machine) -> list[str] | str:
     return [machine.python, "-c", EXTENSION_CHECK]
 
 
-INSPECTED = (80, 89, 90, 100, 120)  # the architectures that `ditq inspect` knows
+INSPECTED = (80, 86, 89, 90, 100, 120)  # the architectures that `ditq inspect` knows
 INSPECTED_WITHOUT_GPU = 90
 
 

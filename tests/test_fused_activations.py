@@ -68,6 +68,20 @@ def test_norm_modulate_and_quantization(shape, dtype, static, modulated, affine,
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is put in on purpose
+def test_norms_of_more_batches_than_a_grid_is_wide(monkeypatch):
+    """A grid has at most 65535 thread blocks along y and z."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(activation, "norm_modulate_kernel", Kernel())
+    kernels.norm_modulate(torch.zeros(70000, 2, 8), None, None, None, None, EPS)
+    assert grids == [(140000,)]
+
+
 @pytest.mark.parametrize("module", MODULES, ids=["kernels", "reference"])
 def test_a_broken_row_gets_the_scale_nan(module, device):
     x = torch.randn(1, 4, 96, device=device)
