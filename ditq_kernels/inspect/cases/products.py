@@ -159,6 +159,8 @@ def _of_config(
 def _chosen(fmt: WeightFormat, arch: int) -> Iterator[Case]:
     """By the configuration that the heuristic chooses."""
     for shape in ((130, 200, RAGGED_INPUTS), (17, 64, EVEN_INPUTS), (1, 200, 130), (5, 2, 33), (1, 1, 1)):
+        if (fmt.group or 0) > shape[2]:
+            continue  # no such weight
         for out, biased in A8_OUTPUTS[:3]:
             name = f"{fmt.name} x i8 to {SHORT[out]} {shape}"
             yield case_of("chosen", name, product_a8, fmt, shape, None, out, biased)
