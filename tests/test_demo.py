@@ -253,9 +253,12 @@ def test_the_embedded_model_draws_its_classes_quantized_too():
     assert classifier.accuracy(judge, original, torch.tensor(labels)) >= 0.8
     assert classifier.accuracy(judge, quantized, torch.tensor(labels)) >= 0.8
     distance = run._compare(quantized, original)
-    other_seeds = sample(source.transformer, source.scheduler, labels, labels[::-1], steps=8, progress=False)
+    few = labels[:3]
+    other_seeds = sample(
+        source.transformer, source.scheduler, few, [seed + 10 for seed in few], steps=8, progress=False
+    )
     # Nearer to the original than another picture of the class is, and yet not the original again.
-    assert run._compare(other_seeds, quantized)["psnr_db"] + 10 < distance["psnr_db_worst"] < 60
+    assert run._compare(other_seeds, quantized[:3])["psnr_db"] + 10 < distance["psnr_db_worst"] < 60
     assert distance["psnr_db"] > 32
 
 
