@@ -51,8 +51,10 @@ def test_rows_too_small_to_divide_by_are_finite():
     assert not codes.any() and torch.isfinite(scales).all()
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("rows", [1, 17])
-def test_the_product_is_exact_at_the_extremes(rows, monkeypatch):
+def test_the_product_is_exact_at_the_extremes(rows, fast, monkeypatch):
+    monkeypatch.setattr(reference, "_int_mm_is_fast", lambda: fast)
     in_features = 4608
     qx = torch.full((rows, in_features), 127, dtype=torch.int8)
     w = torch.full((8, in_features), -128, dtype=torch.int8)
