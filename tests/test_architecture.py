@@ -49,7 +49,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
     "checkpoint": (("__init__", "manifest"), ("store",)),
     "inspect": (
-        ("__init__", "compilation", "executor", "packed_operands"),
+        ("__init__", "compilation", "executor", "packed_operands", "workers"),
         ("shipped", "machine_code", "cases"),
         ("inspection", "execution"),
         ("command",),

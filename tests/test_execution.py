@@ -1,10 +1,13 @@
 """`ditq inspect --execute`: its choice of cases computes right, and what the user can mend is said."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +49,40 @@ def test_a_record_says_what_ran(quick):
     assert printed.endswith("\n".join(record["summary"]) + "\n")
     known = {line.split()[0] for line in record["summary"]}
     assert {f"sm_{arch}" for arch in ARCHITECTURES} <= known
+
+
+def _children(pid):
+    """Processes that ``pid`` started, and those that they did."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, _, rest = entry.read_text().partition(" (")
+            if int(rest.rpartition(") ")[2].split()[1]) == pid:
+                found += [int(number), *_children(int(number))]
+    return found
+
+
+def _is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are not found by /proc")
+@pytest.mark.parametrize("options", [["--execute", "--match", "activation"], []])
+def test_all_processes_end_with_the_command(options):
+    command = [sys.executable, "-m", "ditq_kernels", "inspect", "--arch", "sm_80", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
+        for _ in range(2):  # a header, or a case, and then a kernel
+            assert asked.stdout.readline()
+        children = _children(asked.pid)
+        assert len(children) >= 2
+        asked.kill()
+    end = time.monotonic() + 20
+    while any(map(_is_alive, children)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(_is_alive, children))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -67,7 +67,6 @@ def test_norm_modulate_and_quantization(shape, dtype, static, modulated, affine,
         assert_within_budget(module.norm_modulate(x, *parts, EPS).flatten(0, 1), exact, budget)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is put in on purpose
 def test_norms_of_more_batches_than_a_grid_is_wide(monkeypatch):
     """A grid has at most 65535 thread blocks along y and z."""
     grids = []
@@ -82,6 +81,7 @@ def test_norms_of_more_batches_than_a_grid_is_wide(monkeypatch):
     assert grids == [(140000,)]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what is put in on purpose
 @pytest.mark.parametrize("module", MODULES, ids=["kernels", "reference"])
 def test_a_broken_row_gets_the_scale_nan(module, device):
     x = torch.randn(1, 4, 96, device=device)

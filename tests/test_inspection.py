@@ -94,7 +94,7 @@ def test_dense_loops_leave_the_matrix_units_the_limit(arch, found):
 
 
 def test_every_valid_configuration_is_inspected():
-    """What the choice may return, on any architecture, appears among the forms that were compiled."""
+    """What the choice may return, on any architecture, appears among the forms that `ditq inspect` compiles."""
     for arch in inspection.ARCHITECTURES:
         compiled = {variant.name.partition(" K=")[0] for variant in shipped.variants(arch)}
         for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), (1, 2, 4, 16, 4096)):

@@ -216,7 +216,9 @@ def test_operands_that_descriptors_cannot_read_are_read_by_pointers(device):
 @pytest.mark.parametrize("activation_bytes", [1, 2])
 @formats
 def test_every_valid_configuration_on_the_gpu(fmt, activation_bytes, device):
-    """As the tuning sweep runs them, on a shape with ragged tiles."""
+    """As the tuning sweep runs them, on a shape with ragged tiles; one type of output each, for each would be compiled:
+    `ditq inspect --execute` computes with all.
+    """
     for rows in (1, 3, 16, 100, 700):
         shape = (rows, 1160, 1152)
         x = torch.empty(rows, 1152, dtype={1: torch.int8, 2: torch.float16}[activation_bytes], device=device)

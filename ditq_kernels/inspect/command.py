@@ -147,7 +147,7 @@ def add_commands(command: AddCommand) -> None:
     inspect.add_argument(
         "--execute",
         action="store_true",
-        help="compute with every kernel, from its compiled PTX on this CPU, and compare with the reference (hours)",
+        help="compute with every kernel, from its compiled PTX on this CPU, and compare with the reference (an hour)",
     )
     inspect.add_argument("--quick", action="store_true", help="a choice of the kernels, which takes minutes")
     inspect.add_argument("--match", default="", metavar="TEXT", help="with --execute: cases whose name holds TEXT")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 
 import torch
 
@@ -26,6 +27,7 @@ from ..revision import commit
 from .cases import edges, extension, passes, products
 from .cases.case import Case, Mismatch
 from .executor import cuda
+from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 QUICK_ARCHITECTURES = (80, 90)
@@ -178,12 +180,8 @@ def run(request: Request) -> Iterator[Outcome]:
 
 
 def _run_part(request: Request, outcomes) -> None:
-    """Ends with the process that asked for it, however that ends."""
-    asks = multiprocessing.parent_process()
     for outcome in run(request):
         outcomes.put(outcome)
-        if asks is not None and not asks.is_alive():
-            return
 
 
 def count(architectures: Sequence[int], quick: bool = False, match: str = "") -> int:
@@ -199,7 +197,10 @@ def execute(
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     context = multiprocessing.get_context("spawn")
     try:
-        with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+        manager = SyncManager(ctx=context)
+        manager.start(end_with_parent)
+        with manager, pool:
             outcomes = manager.Queue()
             parts = 4 * workers  # several each, so that none is long idle at the end
             requests = [Request(tuple(architectures), quick, match, part, parts) for part in range(parts)]

@@ -15,6 +15,7 @@ from ..kernels.config import family, shared_memory
 from .compilation import Variant, compile_variant, load
 from .machine_code import MACS_PER_CLOCK, UNKNOWN_RATES, MachineCode, read
 from .shipped import variants
+from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
@@ -122,7 +123,8 @@ def inspect(
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     try:
         while jobs:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
                 try:
                     for finding in pool.map(_inspect_index, *zip(*jobs, strict=True)):
                         del jobs[0]

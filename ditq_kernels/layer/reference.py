@@ -140,16 +140,16 @@ def _int_mm_is_exact() -> bool:
 
 @functools.cache
 def _int_mm_is_fast() -> bool:
-    """Whether the CPU multiplies int8 by instructions for it; without them PyTorch's product takes ten times as long as
-    the one in fp32. (A PyTorch that does not tell is trusted.)
+    """Whether the CPU has instructions for products of int8. Without them PyTorch's is the slower one: on an EPYC with
+    AVX2 alone, 8 to 14 times slower than through fp32. (A PyTorch that does not tell is trusted.)
     """
     return getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
 
 
 def int8_product(qx: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] times int8 [N, K] transposed: exact int32 [M, N]."""
-    on_cpu = qx.device.type == "cpu" and qx.numel() > 0 < w.numel()
-    if on_cpu and _int_mm_is_fast() and _int_mm_is_exact():
+    takes_int8 = qx.device.type == "cpu" and _int_mm_is_fast() and _int_mm_is_exact()
+    if takes_int8 and qx.numel() and w.numel():
         return torch._int_mm(qx, w.T)
     total = qx.new_zeros((qx.shape[0], w.shape[0]), dtype=torch.int32)
     for start in range(0, qx.shape[1], EXACT_FP32_INPUTS):

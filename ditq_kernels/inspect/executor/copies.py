@@ -159,7 +159,7 @@ def _arrive(instruction, kernel):
         if not lanes.size:
             return
         m.shared.touch(at[lanes], 8, lanes, "arrives at")
-        numbers = m.spread(rest[0](m))[lanes].tolist() if rest else [0 if expects else 1] * len(lanes)
+        numbers = m.spread(rest[0](m))[lanes].tolist() if rest else [1] * len(lanes)
         for lane, number in zip(lanes, numbers, strict=True):
             count, due = (1, number) if expects else (number, 0)
             if m.mbarriers.arrive(int(lane) // m.threads, int(at[lane]), int(m.row_of_lane[lane]), count, due):
