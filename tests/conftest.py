@@ -29,6 +29,7 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
 
+@functools.cache
 def file_of(module: str) -> Path | None:
     """Of a module of this repository: of the package, or a helper of the tests; None for any other name."""
     relative = Path(*module.split("."))

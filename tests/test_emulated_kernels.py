@@ -149,7 +149,7 @@ def test_products(fmt, shape, dtype, emulator):
 @formats
 def test_identity_activations_decode_the_weight(fmt, dtype, emulator):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
-    out_features, in_features = 16, 320
+    out_features, in_features = 16, 160
     weight, _ = stored(fmt, out_features, in_features)
     scale = torch.exp2(torch.randint(-3, 4, weight.scale.shape)).to(torch.float32)  # so that 16 bits hold the product
     weight = weight._replace(scale=scale)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import SHAPES, activations, assert_product, linear
+from oracle import COMPILED, SHAPES, activations, assert_product, linear
 
 from ditq_kernels import SCHEMES, QuantLinear, kernels
 from ditq_kernels.kernels import activation, config, dispatch
@@ -12,8 +12,24 @@ from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}".format(*shape))
 formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+
+
+def in_types(shapes):
+    """Each shape in bf16 and, by turns, in one other type: interpreting takes time. Where kernels are compiled, each in
+    all types.
+    """
+    by_turns = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)]
+    pairs = [(shape, t) for place, shape in enumerate(shapes) for t in (DTYPES if COMPILED else by_turns[place % 2])]
+    return pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [
+            pytest.param(shape, t, id="M{}-N{}-K{}-{}".format(*shape, str(t).removeprefix("torch.")))
+            for shape, t in pairs
+        ],
+    )
 
 
 def stored(fmt, out_features, in_features, device):
@@ -62,8 +78,7 @@ def test_integer_accumulators_are_bit_exact(fmt, shape, device):
     assert actual.dtype == torch.int32 and torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@shapes
+@in_types(SHAPES)
 @formats
 def test_int8_activation_products(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
@@ -80,8 +95,7 @@ def test_int8_activation_products(fmt, shape, dtype, device):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@shapes
+@in_types(SHAPES)
 @formats
 def test_16_bit_activation_products(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
@@ -93,10 +107,7 @@ def test_16_bit_activation_products(fmt, shape, dtype, device):
         assert_product(module.linear_a16(x, weight, bias), x, w, bias, does)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [shape for shape in SHAPES if 1 < shape[0] < 200], ids=lambda shape: "M{}-N{}-K{}".format(*shape)
-)
+@in_types([shape for shape in SHAPES if 1 < shape[0] < 200])
 @formats
 def test_gradients_of_the_input(fmt, shape, dtype, device):
     rows, out_features, in_features = shape

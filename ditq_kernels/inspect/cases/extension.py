@@ -43,6 +43,7 @@ QUICK_SHAPES = ((3, 72, 144), (16, 40, 2240), (16, 7, 201))
 IDENTITY_INPUTS = {16: 320, 8: 160, 4: 160}  # by the rows at a time
 CODES_SHAPES = ((4, 40, 656), (16, 33, 1040), (7, 24, 203))
 QUICK_FORMATS = ("w8_g32", "w4_g128")
+QUICK_ARCHITECTURE = 90
 
 
 def small_product(
@@ -130,7 +131,7 @@ def broken_row(fmt: WeightFormat, dtype: torch.dtype):
 def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
     for place, dtype in enumerate(DTYPES):
         label = f"{fmt.name} x {SHORT[dtype]}"
-        quick = fmt.name in QUICK_FORMATS
+        quick = fmt.name in QUICK_FORMATS and arch == QUICK_ARCHITECTURE
         for number, shape in enumerate(SHAPES):
             # By turns, so that each bias meets each dtype, with and without SiLU.
             bias, silu = BIASES[(number + place) % len(BIASES)], number // len(BIASES) % 2 == 1
