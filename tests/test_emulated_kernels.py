@@ -131,10 +131,11 @@ def suits_matrix_kernel(x, fmt):
     return x.dtype != torch.float32 and whole_rows and in_features % 8 == 0 and x.stride(0) % 8 == 0
 
 
-@dtypes
+@pytest.mark.parametrize("bits", [16, 32])
 @problems
-def test_products(fmt, shape, dtype, emulator):
+def test_products(fmt, shape, bits, emulator):
     rows, out_features, in_features = shape
+    dtype = torch.float32 if bits == 32 else (torch.bfloat16, torch.float16)[SHAPES.index(shape) % 2]
     weight, bias = stored(fmt, out_features, in_features)
     x = activations(rows, in_features, dtype, torch.device("cpu"))
     actual, ran = product(emulator, x, weight, bias)

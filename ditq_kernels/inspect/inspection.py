@@ -19,7 +19,7 @@ from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
-QUICK_EVERY = 6  # form of an architecture that a quick inspection takes
+QUICK_EVERY = 8  # form of an architecture that a quick inspection takes
 # The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
 # Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
 MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -98,7 +98,7 @@ def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
 
 
 def places(arch: int, quick: bool = False) -> list[int]:
-    """Which of the forms of ``arch`` are inspected: all, or every sixth, and those with a budget of instructions."""
+    """Which of the forms of ``arch`` are inspected: all, or every eighth, and those with a budget of instructions."""
     return [
         place
         for place, variant in enumerate(variants(arch))

@@ -76,6 +76,7 @@ def translate(kernel: Kernel) -> Program:
     """The program that a machine runs. Raises Unsupported for what is not implemented."""
     blocks, has_mbarriers, has_matrices = [], False, False
     grain = 16
+    multiplies = any(instruction.parts[0] == "wgmma" for block in kernel.blocks for instruction in block)
     for block in kernel.blocks:
         steps, touched, fenced = Steps(), set(), False
         for instruction in block:
@@ -90,7 +91,7 @@ def translate(kernel: Kernel) -> Program:
                 else:
                     has_matrices = True
                     instruction.fresh, instruction.fenced = frozenset(touched), fenced
-            else:
+            elif multiplies:
                 touched |= instruction.registers
             guard = instruction.guard.index if instruction.guard else None
             run = _translate(instruction, kernel, len(kernel.blocks))

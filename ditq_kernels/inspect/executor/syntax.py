@@ -75,6 +75,9 @@ def registers_in(operands) -> Iterator[int]:
     for operand in operands:
         if isinstance(operand, Register):
             yield operand.index
+            continue
+        if isinstance(operand, Immediate | Symbol):
+            continue
         for name in ("parts", "base", "coordinates", "first", "second", "of"):
             inner = getattr(operand, name, ())
             yield from registers_in(inner if isinstance(inner, tuple) else (inner,))
