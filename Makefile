@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format clean gpu execute
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
-# Of nvidia-cutlass only the headers are wanted, hence no dependencies.
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
+# would compile everything, for most of its time.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch

@@ -79,7 +79,7 @@ def inspect_kernels(
 
     Args:
         driver: load each kernel on this machine's GPU as well.
-        quick: inspect an eighth of the forms.
+        quick: inspect an eighth of the forms of a family of architectures.
         as_json: print a list of objects, one a kernel, in place of lines.
 
     Raises:

@@ -19,7 +19,7 @@ from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
-QUICK_EVERY = 8  # form of an architecture that a quick inspection takes
+QUICK_EVERY = 8  # form of a family of architectures that a quick inspection takes
 # The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
 # Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
 MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -98,11 +98,15 @@ def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
 
 
 def places(arch: int, quick: bool = False) -> list[int]:
-    """Which of the forms of ``arch`` are inspected: all, or every eighth, and those with a budget of instructions."""
+    """Which forms of ``arch`` are inspected: all; or those with a budget of instructions, and every eighth of the
+    others, by one of the architectures of its family.
+    """
+    relatives = [one for one in ARCHITECTURES if family(one) == family(arch)] or [arch]
+    first = relatives.index(arch) * QUICK_EVERY if arch in relatives else 0
     return [
         place
         for place, variant in enumerate(variants(arch))
-        if not quick or place % QUICK_EVERY == 0 or variant.issue_budget is not None
+        if not quick or place % (QUICK_EVERY * len(relatives)) == first or variant.issue_budget is not None
     ]
 
 
