@@ -18,6 +18,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
         ("layer/packing", "layer/packed_weight"),
         ("layer/quantizer", "layer/reference", "layer/extension"),
+        ("layer/replaced_weight", "layer/weight_view"),
         ("kernels",),
         ("layer/backend",),
         ("layer/ops",),
@@ -41,7 +42,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cuda"),
     ),
     "model": (
-        ("__init__", "observation", "recipes", "budget", "plan_entry"),
+        ("__init__", "adapters", "recipes", "budget", "plan_entry", "steps"),
+        ("observation",),
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
         ("conversion",),

@@ -76,6 +76,47 @@ def test_two_calls_make_one_step():
     assert result.moments["blocks.0.to_q"] is result.moments["blocks.0.to_v"]
 
 
+def guided_run(model, steps=4, guided=(0, 1), by_name=False):
+    """A run whose ``guided`` steps call the model once more, at the same time."""
+
+    def run():
+        with torch.no_grad():
+            for step in range(steps):
+                x, time = tiny_inputs(step)
+                for sign in (1, -1)[: 1 + (step in guided)]:
+                    model(sign * x, time=time.clone()) if by_name else model(sign * x, time)
+
+    return run
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_calls_at_the_same_time_are_one_step(by_name):
+    model = tiny_model()
+    found = {step: calibrate(model, guided_run(model, by_name=by_name), step, moments=True) for step in range(4)}
+    assert [result.calls_per_step for result in found.values()] == [2, 2, 2, 2]  # the most of a step so far
+    assert [result.tokens["blocks.0.to_q"] for result in found.values()] == [20, 20, 10, 10]
+    by_hand = calibrate(model, guided_run(model, guided=range(4)), 1, moments=True, calls_per_step=2)
+    assert found[1].amax == by_hand.amax
+    assert torch.equal(found[1].moments["blocks.0.up"], by_hand.moments["blocks.0.up"])
+    assert calibrate(model, guided_run(model), 0.5).steps == calibrate(model, guided_run(model), "all").steps == 4
+    assert calibrate(model, guided_run(model), 0.5).amax == found[2].amax
+    assert calibrate(model, guided_run(model), -3).amax == found[1].amax
+    each = calibrate(model, guided_run(model), 1, calls_per_step=1)
+    assert each.tokens["blocks.0.to_q"] == 10
+
+
+def test_a_counted_run_ends_with_the_step():
+    model = tiny_model()
+    ended = []
+
+    def run():
+        guided_run(model, guided=range(4))()
+        ended.append(model.forwards)
+
+    calibrate(model, run, 1.0)
+    assert ended == [1] and model.forwards == 1 + 8  # counted to the end, and then cut off: no picture is decoded
+
+
 def test_a_run_that_swallows_exceptions_still_ends():
     model = tiny_model()
 

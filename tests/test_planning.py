@@ -202,3 +202,20 @@ def test_estimated_bits_are_the_stored_bits(scheme):
     activation_scale = 4 if SCHEMES[scheme].static else 0
     assert chosen["0"].stored_bits == 8 * (quantized.nbytes - activation_scale)
     assert f"{(chosen['0'].stored_bits + 16 * 9) / (200 * 24 + 9):.2f} bits per weight" in chosen.summary()
+
+
+def test_the_summary_counts_all_parameters():
+    shared = nn.Linear(40, 40, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 40, 4), shared, nn.LayerNorm(40), shared, nn.Linear(40, 7))
+    chosen = plan(model, "w8a8")
+    chosen["1"] = "w8a8"
+    others = 3 * 40 * 16 + 40 + 2 * 40 + 7
+    every = others + 1600 + 280
+    assert sum(parameter.numel() for parameter in model.parameters()) == every
+    assert f"1 of 2 linear layers quantized, {1600 / every:.1%} of the model's {every:,} parameters" in chosen.summary()
+    assert f"280 weights of linear layers and {others:,} other parameters" in chosen.summary()
+    assert Plan.from_json(chosen.to_json()).summary() == chosen.summary()
+    old = {name: value for name, value in chosen.to_dict().items() if name != "other_parameters"}
+    assert Plan.from_dict(old).other_parameters == 0
+    quantize(model, chosen, progress=False)
+    assert plan(model, "w8a8").other_parameters == others  # what is stored in low bits is neither

@@ -58,7 +58,7 @@ def analyze(
     schemes: Sequence[str] = DEFAULT_SCHEMES,
     *,
     step: float = DEFAULT_STEP,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
     trial: Callable[[], torch.Tensor] | None = None,
     one_by_one: bool = True,
     progress: bool = True,
@@ -69,7 +69,7 @@ def analyze(
         draw: does one whole sampling run with ``model`` and returns what it sampled, the same at every call.
         schemes: names of schemes to try each layer in; the plan is made for the last.
         step: position in the run, from 0 to 1, whose ranges static schemes take.
-        calls_per_step: calls of ``model`` in one step.
+        calls_per_step: calls of ``model`` in one step; None: calls in a row at the same time are one.
         trial: a shorter run, to be repeated for each layer and scheme, that layer alone quantized; None: ``draw``.
         one_by_one: whether to do so at all. Without it the plan has no exceptions.
 

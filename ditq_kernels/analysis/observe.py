@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.observation import count_calls, linear_layers, observe_calls
+from ..model.observation import count_steps, linear_layers, observe_steps
 from .statistics import Histogram, InputStatistics
 
 ATTENTION_ROWS = 64  # queries of each call whose probabilities are computed, spread evenly over the first sample
@@ -52,7 +52,7 @@ class Observation:
     """What one run showed.
 
     Attributes:
-        steps: of the run; calls_per_step: calls of the model in each.
+        steps: of the run; calls_per_step: most calls of the model in one.
         inputs: by linear layer, of those that were called.
         attention: by attention module, of those whose probabilities follow from their projections alone.
         not_called: linear layers that the run never called.
@@ -66,13 +66,13 @@ class Observation:
 
 
 class _RunObserver:
-    """Puts what layers are fed where it belongs; see :func:`ditq_kernels.model.observation.observe_calls`."""
+    """Puts what layers are fed where it belongs; see :func:`ditq_kernels.model.observation.observe_steps`."""
 
     def __init__(self, observation: Observation, progress: Callable[[], Any]) -> None:
         self.observation, self.progress, self.step = observation, progress, 0
 
-    def begin(self, call: int) -> None:
-        self.step = call // self.observation.calls_per_step
+    def begin(self, step: int) -> None:
+        self.step = step
         self.progress()
 
     def see(self, name: str, x: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def observe_run(
-    model: nn.Module, run: Callable[[], Any], calls_per_step: int = 1, progress: bool = True
+    model: nn.Module, run: Callable[[], Any], calls_per_step: int | None = None, progress: bool = True
 ) -> Observation:
     """Watch ``run()``, one sampling run that calls ``model``, from beginning to end.
 
@@ -126,24 +126,21 @@ def observe_run(
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no unquantized linear layer to analyze")
-    calls = count_calls(model, run)
-    if not calls:
+    counted = count_steps(model, run, calls_per_step)
+    if not counted.calls:
         raise ValueError(
             f"run() never called the {type(model).__name__} given to analyze; give the model that the pipeline itself "
             "holds"
         )
-    if calls % calls_per_step:
-        raise ValueError(
-            f"the run called the model {calls} times, which is no multiple of calls_per_step = {calls_per_step}"
-        )
-    observation = Observation(calls // calls_per_step, calls_per_step)
-    bar = tqdm(total=calls, desc="observe", unit="call", file=sys.stderr, leave=False, disable=not progress)
+    counted.check_whole()
+    observation = Observation(counted.steps, counted.most_calls)
+    bar = tqdm(total=counted.calls, desc="observe", unit="call", file=sys.stderr, leave=False, disable=not progress)
     with bar, ExitStack() as hooks:
         observer = _RunObserver(observation, bar.update)
         for name, module in attention_modules(model).items():
             observation.attention[name] = AttentionStatistics()
             _watch_attention(name, module, observer, hooks)
-        observe_calls(model, run, 0, calls, observer)
+        observe_steps(model, run, 0, counted.steps, observer, calls_per_step, counted.calls)
     if not observation.inputs:
         raise ValueError(
             f"the run called the {type(model).__name__}, but none of its linear layers; layers whose weights are used "

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
 from ..model.conversion import replace_module
-from ..model.observation import linear_layers, observe_calls
+from ..model.observation import linear_layers, observe_steps
 from ..model.planning import obstacle_to, plan
 from .weights import signal_to_noise
 
@@ -52,7 +52,7 @@ class _OutputObserver:
         self.layers, self.forms, self.amax = layers, forms, amax
         self.powers: dict[str, _Powers] = {}
 
-    def begin(self, call: int) -> None:
+    def begin(self, step: int) -> None:
         pass
 
     def see(self, name: str, x: torch.Tensor) -> None:
@@ -96,7 +96,7 @@ def output_losses(
     forms: Forms,
     amax: Mapping[str, float],
     step: int,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
 ) -> Losses:
     """Losses from the layers' inputs in one step of ``run()``.
 
@@ -104,7 +104,7 @@ def output_losses(
         amax: calibrated reach by layer, for static schemes.
     """
     observer = _OutputObserver(linear_layers(model), forms, amax)
-    observe_calls(model, run, step * calls_per_step, calls_per_step, observer)
+    observe_steps(model, run, step, 1, observer, calls_per_step)
     return {
         name: {scheme: Loss(signal_to_noise(powers.signal, noise)) for scheme, noise in powers.noise.items()}
         for name, powers in observer.powers.items()

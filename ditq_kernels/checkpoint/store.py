@@ -222,7 +222,8 @@ def _fill(model: nn.Module, file: safe_open, aliases: dict[str, str], *, progres
         if source not in parameters:
             tensor = file.get_tensor(source)
             trainable = placeholder.requires_grad and tensor.is_floating_point()
-            parameters[source] = nn.Parameter(tensor, requires_grad=trainable)
+            kind = type(placeholder) if is_parameter else nn.Parameter
+            parameters[source] = kind(tensor, requires_grad=trainable)
         if is_parameter:
             module._parameters[leaf] = parameters[source]
         else:

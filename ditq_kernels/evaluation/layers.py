@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..analysis.weights import signal_to_noise
-from ..model.observation import linear_layers, observe_calls
+from ..model.observation import linear_layers, observe_steps
 
 
 class _Beside:
@@ -19,7 +19,7 @@ class _Beside:
         self.layers, self.other = linear_layers(model), other
         self.powers: dict[str, tuple[float, float]] = {}  # of the signal and the noise
 
-    def begin(self, call: int) -> None:
+    def begin(self, step: int) -> None:
         pass
 
     def see(self, name: str, x: torch.Tensor) -> None:
@@ -39,5 +39,5 @@ def layer_snr_db(model: nn.Module, other: nn.Module, run: Callable[[], Any], ste
     in one step of ``run()``, which samples with ``model``. Infinite where nothing differs.
     """
     observer = _Beside(model, other)
-    observe_calls(model, run, step, 1, observer)
+    observe_steps(model, run, step, 1, observer)
     return {name: signal_to_noise(signal, noise) for name, (signal, noise) in observer.powers.items()}

@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from . import ops, reference
-from .formats import Scheme
+from .errors import UnsupportedError
+from .formats import Scheme, WeightFormat
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS, pack_groups
-from .quantizer import DEFAULT_ZERO_POINT, quantize_weight
+from .quantizer import DEFAULT_ZERO_POINT, QuantizedWeight, quantize_weight
+from .replaced_weight import ReplacedWeight
+from .weight_view import WeightView
+
+_NOT_ASSIGNED = (
+    "the weight of a quantized layer cannot be assigned: change the model before it is quantized, or call the layer's "
+    "requantize(weight)"
+)
+_NOT_TRAINED = (
+    "stored weights of quantized layers take no gradient: train an adapter (LoRA) over them, and of the model only "
+    "what is not quantized"
+)
+_QUANTIZED_AGAIN = (
+    "the weight of a layer quantized to {scheme} was changed, as by fusing an adapter, and is quantized again, to "
+    "nearest: what the change has below half a step of the scheme is lost, and so is what compensated rounding gained. "
+    "An adapter that stays unfused costs none of that; unfusing brings the bits before back"
+)
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    # Parameters and not buffers: offloading hooks move parameters and leave buffers on the device.
-    return nn.Parameter(tensor, requires_grad=False)
+REPLACED_KEPT = 8  # adapters merged one after another that unmerge to the bits before
+
+
+class RequantizationWarning(UserWarning):
+    """A stored weight was changed and quantized again."""
+
+
+def _packed(quantized: QuantizedWeight, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """qweight, scale and group_code."""
+    groups = pack_groups(quantized.multiplier, quantized.zero_point) if fmt.two_level else None
+    return LAYOUTS[fmt.layout].pack(quantized.codes), quantized.scale, groups
+
+
+class StoredPart(nn.Parameter):
+    """A part of a stored weight. A parameter and no buffer: offloading hooks move parameters and leave buffers on the
+    device.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> StoredPart:
+        if requires_grad:
+            raise UnsupportedError(_NOT_TRAINED)
+        return super().__new__(cls, data, False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> StoredPart:
+        """UnsupportedError for True: integers and their scales are not trained."""
+        if requires_grad:
+            raise UnsupportedError(_NOT_TRAINED)
+        return self
 
 
 class QuantLinear(nn.Linear):
@@ -31,7 +74,7 @@ class QuantLinear(nn.Linear):
         bias: [N] or None.
     """
 
-    _EXACT = ("scale", "input_amax")  # never cast
+    _EXACT = ("qweight", "scale", "group_code", "input_amax")  # never cast
 
     def __init__(self, *args, **kwargs) -> None:
         raise TypeError("a QuantLinear is made from a linear layer: QuantLinear.from_linear(layer, scheme)")
@@ -56,16 +99,17 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         fmt = self.scheme.weight
         layout = LAYOUTS[fmt.layout]
-        self.qweight = _frozen(
+        self.qweight = StoredPart(
             torch.empty(out_features, layout.columns(in_features), dtype=layout.dtype, device=device)
         )
-        self.scale = _frozen(
+        self.scale = StoredPart(
             torch.empty(fmt.scale_shape(out_features, in_features), dtype=torch.float32, device=device)
         )
         groups = (fmt.group_count(in_features), out_features)
-        self.group_code = _frozen(torch.empty(groups, dtype=torch.uint8, device=device)) if fmt.two_level else None
-        self.input_amax = _frozen(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
+        self.group_code = StoredPart(torch.empty(groups, dtype=torch.uint8, device=device)) if fmt.two_level else None
+        self.input_amax = StoredPart(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self._replaced: list[ReplacedWeight] = []  # what requantize may have to bring back, the last one last
         return self
 
     @classmethod
@@ -110,13 +154,10 @@ class QuantLinear(nn.Linear):
             amax = torch.as_tensor(input_amax, dtype=torch.float32).reshape(1)
             if not (bool(torch.isfinite(amax)) and amax > 0):
                 raise ValueError(f"input_amax must be finite and positive, got {amax.item()}")
-            self.input_amax = _frozen(amax.to(weight.device))
+            self.input_amax = StoredPart(amax.to(weight.device))
         fmt = scheme.weight
         quantized = quantize_weight(weight, fmt, input_moment=input_moment, clip=clip, zero_point=zero_point)
-        self.qweight = _frozen(LAYOUTS[fmt.layout].pack(quantized.codes))
-        self.scale = _frozen(quantized.scale)
-        if fmt.two_level:
-            self.group_code = _frozen(pack_groups(quantized.multiplier, quantized.zero_point))
+        self._store(PackedWeight(*_packed(quantized, fmt), fmt, linear.in_features), weight.device)
         self.bias = linear.bias
         self.train(linear.training)
         return self
@@ -158,10 +199,58 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K] in the layer's dtype, computed anew at each access, for code that reads weights; writing to it changes
-        nothing in the layer.
+        """[N, K] in the layer's dtype, decoded when it is read. Writing to it raises UnsupportedError; writing to
+        its ``.data`` quantizes the layer again, see :meth:`requantize`.
         """
-        return self.dequantized_weight().to(self.dtype)
+        if torch.compiler.is_compiling():  # a compiler drops what is decoded in vain
+            return self.dequantized_weight().to(self.dtype)
+        return WeightView(self)
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        raise UnsupportedError(_NOT_ASSIGNED)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``; UnsupportedError for a weight, which would stand beside the stored one, unused."""
+        if name == "weight":
+            raise UnsupportedError(_NOT_ASSIGNED)
+        super().register_parameter(name, param)
+
+    @torch.no_grad()
+    def requantize(self, weight: torch.Tensor) -> None:
+        """Replace the stored weight by ``weight``, rounded to nearest in the layer's own scheme, with a
+        :class:`RequantizationWarning`.
+
+        The last :data:`REPLACED_KEPT` weights are kept on the CPU. One that differs from ``weight`` by no more than
+        rounding did when it was replaced is what is meant (an adapter was merged, and is unmerged): it comes back, bit
+        for bit.
+
+        Args:
+            weight: [N, K], of any floating dtype and on any device.
+
+        Raises:
+            ValueError: if the shape is another, or the weight is not finite; the layer is then as it was.
+        """
+        shape = [self.out_features, self.in_features]
+        if list(weight.shape) != shape:
+            raise ValueError(f"the layer's weight is {shape}, and {list(weight.shape)} cannot replace it")
+        wanted = weight.detach().to(self.qweight.device, torch.float32)
+        if not bool(torch.isfinite(wanted).all()):
+            raise ValueError("the weight holds NaN or infinite values and cannot be quantized; the layer is as it was")
+        fmt, before = self.scheme.weight, self.packed_weight
+        known = next((one for one in reversed(self._replaced) if one.is_meant_by(wanted)), None)
+        if known is not None:
+            self._replaced.remove(known)
+            self._store(known.packed)
+        else:
+            self._store(PackedWeight(*_packed(quantize_weight(wanted, fmt), fmt), fmt, self.in_features))
+            warnings.warn(_QUANTIZED_AGAIN.format(scheme=self.scheme), RequantizationWarning, stacklevel=2)
+        self._replaced.append(ReplacedWeight.by(before, wanted, self.dequantized_weight(), self.dtype))
+        del self._replaced[:-REPLACED_KEPT]
+
+    def _store(self, weight: PackedWeight, device: torch.device | None = None) -> None:
+        for name, part in zip(("qweight", "scale", "group_code"), weight[:3], strict=True):
+            setattr(self, name, part if part is None else StoredPart(part.to(device or self.qweight.device)))
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +278,8 @@ class QuantLinear(nn.Linear):
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
-            if after.dtype != torch.float32:
-                setattr(self, name, _frozen(before.to(after.device)))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+            if after.dtype != before.dtype:
+                setattr(self, name, StoredPart(before.to(after.device)))
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = dtype if dtype.is_floating_point else self.dtype
         return self

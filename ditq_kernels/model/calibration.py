@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..files import written_whole
-from .observation import Observer, count_calls, linear_layers, observe_calls
+from .observation import Observer, count_steps, linear_layers, observe_steps
+from .steps import Steps
 
 FORMAT = "ditq-calibration"
 VERSION = 1
@@ -35,7 +36,7 @@ class Calibration:
         model: the name of the model's class.
         in_features: K of every unquantized linear layer of the model, called in that step or not.
         step, steps: the step observed, None if all were; and the steps of the run where they were counted (else None).
-        calls_per_step: calls of the model that make one step.
+        calls_per_step: most calls of the model that made one step.
         percentile: of the magnitudes, taken as ``amax``; None means the largest.
         amax: largest input magnitude of each layer that was called in the step.
         moments: fp32 [K, K], the sum of ``x x^T`` over the step's tokens; layers fed the same input share one tensor.
@@ -158,7 +159,7 @@ def calibrate(
     *,
     percentile: float | None = None,
     moments: bool | Collection[str] = False,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
 ) -> Calibration:
     """Observe one step of a sampling run.
 
@@ -176,7 +177,8 @@ def calibrate(
             error-compensated rounding needs. They are computed in fp32 on the layer's device, one layer at a time, and
             kept on the CPU: at most ``4 K^2`` bytes per layer (:func:`moment_bytes` says how much in all), and on the
             device one input and one [K, K] fp32 matrix.
-        calls_per_step: calls of ``model`` in one step: 2 for pipelines that do guidance in a second call.
+        calls_per_step: calls of ``model`` in one step. None: calls in a row at the same time are one step, as of
+            pipelines that do guidance in a second call.
 
     A layer that the step does not call is absent from the result's ``amax``.
 
@@ -195,22 +197,23 @@ def calibrate(
     observer = Observer(percentile, moment_names)
     in_features = {name: layer.in_features for name, layer in layers.items()}
     if step == ALL_STEPS:
-        calls = observe_calls(model, run, 0, sys.maxsize, observer)
-        steps = _whole_steps(model, calls, calls_per_step)
-        return _calibration(model, in_features, None, steps, calls_per_step, percentile, observer)
-    steps = None
-    index = int(step)
+        seen = observe_steps(model, run, 0, sys.maxsize, observer, calls_per_step)
+        _check_called(model, seen)
+        return _calibration(model, in_features, None, seen.steps, seen.most_calls, percentile, observer)
+    counted, last_call, index = None, None, int(step)
     if not isinstance(step, Integral) or step < 0:
-        steps = _count_steps(model, run, calls_per_step)
-        index = step_index(step, steps)
-    calls = observe_calls(model, run, index * calls_per_step, calls_per_step, observer)
-    if calls == 0:
-        raise ValueError(_NOT_CALLED.format(type(model).__name__))
-    if calls < (index + 1) * calls_per_step:
-        raise ValueError(
-            f"step {index} is beyond the run: it called the model {calls} times, {calls_per_step} per step"
-        )
-    return _calibration(model, in_features, index, steps, calls_per_step, percentile, observer)
+        counted = count_steps(model, run, calls_per_step)
+        _check_called(model, counted)
+        index = step_index(step, counted.steps)
+        last_call = counted.last_call(index)
+    elif calls_per_step is not None:
+        last_call = (index + 1) * calls_per_step
+    seen = observe_steps(model, run, index, 1, observer, calls_per_step, last_call)
+    if seen.steps <= index or seen.calls < (last_call or 0):
+        _check_called(model, seen, whole=False)
+        raise ValueError(f"step {index} is beyond the run: it called the model {seen.calls} times")
+    steps = None if counted is None else counted.steps
+    return _calibration(model, in_features, index, steps, seen.most_calls, percentile, observer)
 
 
 def _calibration(
@@ -257,22 +260,17 @@ def _check_numbers(step: int | float | str, percentile: float | None, calls_per_
         raise ValueError(f"a step given as a fraction must lie in [0, 1], got {step}; an index is an int")
     if percentile is not None and not (isinstance(percentile, Real) and 0 < percentile <= 100):
         raise ValueError(f"percentile must lie in (0, 100], got {percentile!r}")
+    if calls_per_step is None:
+        return
     if isinstance(calls_per_step, bool) or not isinstance(calls_per_step, Integral) or calls_per_step < 1:
-        raise ValueError(f"calls_per_step must be a positive int, got {calls_per_step!r}")
+        raise ValueError(f"calls_per_step must be a positive int or None, got {calls_per_step!r}")
 
 
-def _count_steps(model: nn.Module, run: Callable[[], Any], calls_per_step: int) -> int:
-    return _whole_steps(model, count_calls(model, run), calls_per_step)
-
-
-def _whole_steps(model: nn.Module, calls: int, calls_per_step: int) -> int:
-    if calls == 0:
+def _check_called(model: nn.Module, steps: Steps, whole: bool = True) -> None:
+    if not steps.calls:
         raise ValueError(_NOT_CALLED.format(type(model).__name__))
-    if calls % calls_per_step:
-        raise ValueError(
-            f"the run called the model {calls} times, which is no multiple of calls_per_step = {calls_per_step}"
-        )
-    return calls // calls_per_step
+    if whole:
+        steps.check_whole()
 
 
 def step_index(step: int | float, steps: int) -> int:

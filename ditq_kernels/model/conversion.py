@@ -56,11 +56,15 @@ def quantize(
 
     Raises:
         TypeError: for arguments of the wrong kind.
-        ValueError: for an unknown scheme, rounding or clip; a plan or calibration of another model; a layer that is
-            quantized already, lacks the calibration that its scheme needs, has forward hooks, or whose weights are not
-            finite or not there.
+        ValueError: for an unknown scheme, rounding or clip; a plan or calibration of another model; a model that is
+            quantized already, if no plan says what is still to be done; a layer that is quantized already, lacks the
+            calibration that its scheme needs, has forward hooks, or whose weights are not finite or not there.
     """
-    chosen = scheme_or_plan if isinstance(scheme_or_plan, Plan) else plan(model, scheme_or_plan)
+    if isinstance(scheme_or_plan, Plan):
+        chosen = scheme_or_plan
+    else:
+        chosen = plan(model, scheme_or_plan)
+        check_unquantized(model, chosen.scheme)
     entries = chosen.quantized()
     _check_request(model, calibration, rounding, clip)
     if calibration is not None:
@@ -82,6 +86,15 @@ def quantize(
         )
         replace_module(model, layer, quantized)
     return model
+
+
+def check_unquantized(model: nn.Module, scheme: str) -> None:
+    """Raise ValueError if ``model``, which is to be quantized to ``scheme``, holds a quantized layer."""
+    for name, layer in quantized_layers(model).items():
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({name} to {layer.scheme}): quantize the 16-bit model to "
+            f"{scheme}, or pass ditq.plan(model, {scheme!r}) to quantize what is left in 16 bits"
+        )
 
 
 def _check_request(model: nn.Module, calibration: Calibration | None, rounding: str, clip: float | str | None) -> None:

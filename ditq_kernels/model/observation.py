@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..layer.linear import QuantLinear
+from .adapters import adapters_modules
+from .steps import Steps
 
 ROWS_PER_CHUNK = 8192  # rows widened to fp32 at a time, so that a moment needs no fp32 copy of a whole 16-bit input
 
@@ -20,28 +22,28 @@ class _StopRun(BaseException):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Name to layer, of every ``nn.Linear`` in ``model`` that is not quantized yet."""
+    """Name to layer, of every ``nn.Linear`` in ``model`` that is not quantized yet and no adapter's."""
+    others = adapters_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
+        if isinstance(module, nn.Linear) and not isinstance(module, QuantLinear) and module not in others
     }
 
 
-def count_calls(model: nn.Module, run: Callable[[], Any]) -> int:
-    """How often ``run()`` calls ``model``, at the cost of one forward pass.
+def count_steps(model: nn.Module, run: Callable[[], Any], calls_per_step: int | None = None) -> Steps:
+    """Steps of ``run()`` and its calls of ``model``, at the cost of one forward pass; as :class:`Steps` counts them.
 
     The model runs at its first call; later calls get that output again. It runs anew only when the inputs' shapes are
     new, so that the outputs always fit the sampler's arithmetic.
     """
-    calls = 0
+    steps = Steps(model, calls_per_step)
     outputs: dict[Any, Any] = {}
     forward = model.forward
     overridden = vars(model).get("forward")  # offloading libraries put a forward of their own on the instance
 
     def replay(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
+        steps.begin_call(args, kwargs)
         leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
         key = (str(structure), shapes)
@@ -58,41 +60,54 @@ def count_calls(model: nn.Module, run: Callable[[], Any]) -> int:
             del model.forward
         else:
             model.forward = overridden
-    return calls
+    return steps
 
 
 class CallObserver(Protocol):
-    """What :func:`observe_calls` tells of a run."""
+    """What :func:`observe_steps` tells of a run."""
 
-    def begin(self, call: int) -> None:
-        """The ``call``-th call of the model begins, from 0."""
+    def begin(self, step: int) -> None:
+        """A call of the model begins, in the ``step``-th step, from 0."""
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        """The linear layer ``name`` is fed ``x``; only calls that are to be seen come here. May raise."""
+        """The linear layer ``name`` is fed ``x``; only steps that are to be seen come here. May raise."""
 
 
-def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: int, observer: CallObserver) -> int:
-    """Run until ``observer`` has seen ``count`` calls of ``model``, from call ``first`` on; how many were made.
+def observe_steps(
+    model: nn.Module,
+    run: Callable[[], Any],
+    first: int,
+    count: int,
+    observer: CallObserver,
+    calls_per_step: int | None = None,
+    last_call: int | None = None,
+) -> Steps:
+    """Run until ``observer`` has seen ``count`` steps, from step ``first`` on; the steps and calls that there were.
+
+    A step is known to have ended when the next one begins, or behind the ``last_call``-th call.
 
     Raises:
         Whatever ``observer.see`` raises.
     """
-    calls = 0
+    steps = Steps(model, calls_per_step)
+    step = -1
     failure: Exception | None = None
 
-    def begin(*_: Any) -> None:
-        nonlocal calls
-        observer.begin(calls)
-        calls += 1
+    def begin(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal step
+        step = steps.begin_call(args, kwargs)
+        if step == first + count:
+            raise _StopRun
+        observer.begin(step)
 
     def end(*_: Any) -> None:
-        if calls == first + count:
+        if steps.calls == last_call:
             raise _StopRun
 
     def watch(name: str) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal failure
-            if not first < calls <= first + count:
+            if not first <= step < first + count:
                 return
             try:
                 # Not in the run's own inference mode: what is kept must be ordinary tensors.
@@ -105,7 +120,7 @@ def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: i
         return see
 
     with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(begin).remove)
+        hooks.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for name, layer in linear_layers(model).items():
             hooks.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(end).remove)
@@ -115,7 +130,7 @@ def observe_calls(model: nn.Module, run: Callable[[], Any], first: int, count: i
             run()
     if failure is not None:
         raise failure
-    return calls
+    return steps
 
 
 class Observer:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ..layer.formats import Scheme
+from ..layer.linear import StoredPart
+from .adapters import adapters_modules, own_name, without_adapters
 from .budget import Option, allocate, alternatives, rounding_error
 from .observation import linear_layers
 from .plan_entry import PlanEntry
@@ -33,9 +35,10 @@ class Plan:
     that a pattern matches.
     """
 
-    def __init__(self, model: str, scheme: str, entries: Iterable[PlanEntry]) -> None:
+    def __init__(self, model: str, scheme: str, entries: Iterable[PlanEntry], other_parameters: int = 0) -> None:
         self.model = model
         self.scheme = scheme
+        self.other_parameters = other_parameters  # of the model, in no entry: convolutions, embeddings, norms, biases
         self._entries = {entry.name: entry for entry in entries}
 
     def __iter__(self) -> Iterator[PlanEntry]:
@@ -106,24 +109,36 @@ class Plan:
         return "\n".join([f"{self.model}, {self.scheme}", *lines, self.summary()])
 
     def summary(self) -> str:
-        """One line: layers, the share of weights quantized, and bits per weight over all linear layers."""
+        """One line: layers, the share of the model's parameters that is quantized, bits per weight over all linear
+        layers, and what stays in 16 bits.
+        """
         weights = sum(entry.weights for entry in self)
-        share = sum(entry.weights for entry in self.quantized()) / max(weights, 1)
+        quantized = sum(entry.weights for entry in self.quantized())
         bits = sum(entry.stored_bits for entry in self) / max(weights, 1)
+        every, others = weights + self.other_parameters, self.other_parameters
+        kept = weights - quantized
         return (
-            f"{len(self.quantized())} of {len(self)} linear layers and {share:.1%} of their {weights:,} weights "
-            f"quantized: {bits:.2f} bits per weight over all of them"
+            f"{len(self.quantized())} of {len(self)} linear layers quantized, {quantized / max(every, 1):.1%} of the "
+            f"model's {every:,} parameters, to {bits:.2f} bits per weight over all linear layers; "
+            f"{2 * (kept + others) / 1e6:,.1f} MB stay in 16 bits: {kept:,} weights of linear layers and {others:,} "
+            "other parameters"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and the like; :meth:`from_dict` is the inverse."""
-        return {"model": self.model, "scheme": self.scheme, "entries": [asdict(entry) for entry in self]}
+        return {
+            "model": self.model,
+            "scheme": self.scheme,
+            "other_parameters": self.other_parameters,
+            "entries": [asdict(entry) for entry in self],
+        }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Plan:
         """Raises ValueError if ``record`` is not what :meth:`to_dict` made, or names an unknown scheme."""
         try:
-            plan = cls(record["model"], record["scheme"], [PlanEntry(**entry) for entry in record["entries"]])
+            entries = [PlanEntry(**entry) for entry in record["entries"]]
+            plan = cls(record["model"], record["scheme"], entries, record.get("other_parameters", 0))
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a stored plan: {error}") from None
         for scheme in {plan.scheme, *(entry.scheme for entry in plan.quantized())}:
@@ -177,10 +192,10 @@ def plan(
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no unquantized linear layer")
-    recipe = recipe_for(model)
+    recipe = recipe_for(without_adapters(model))
     entries = []
     for name, layer in layers.items():
-        rule = recipe.rule_for(name)
+        rule = recipe.rule_for(own_name(name))
         wanted = {"keep": None, "weight_only": scheme.weight_only, "scheme": scheme}[rule.treatment]
         reason, obstacle = rule.reason, obstacle_to(layer)
         if obstacle:
@@ -190,7 +205,7 @@ def plan(
         entries.append(
             PlanEntry(name, _name(wanted), reason, layer.in_features, layer.out_features, fixed=bool(obstacle))
         )
-    chosen = Plan(type(model).__name__, scheme.name, entries)
+    chosen = Plan(type(model).__name__, scheme.name, entries, _parameters_elsewhere(model, layers.values()))
     if budget_bits is not None and not math.isfinite(budget_bits):
         raise ValueError(f"budget_bits must be a number of bits, got {budget_bits}")
     if calibration is not None and errors is not None:
@@ -209,6 +224,15 @@ def plan(
             raise ValueError(f"the calibration has no second moments of {lacking[0]}; calibrate with moments=True")
     _spend(chosen, layers, budget_bits, moments, errors)
     return chosen
+
+
+def _parameters_elsewhere(model: nn.Module, layers: Iterable[nn.Linear]) -> int:
+    """How many of the model's own parameters are neither a weight of ``layers`` nor stored in low bits already."""
+    adapters = {id(p) for module in adapters_modules(model) for p in module.parameters(recurse=False)}
+    weights = {id(layer._parameters.get("weight")) for layer in layers}
+    return sum(
+        p.numel() for p in model.parameters() if id(p) not in adapters | weights and not isinstance(p, StoredPart)
+    )
 
 
 def _spend(
