@@ -42,7 +42,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cuda"),
     ),
     "model": (
-        ("__init__", "adapters", "recipes", "budget", "plan_entry", "steps"),
+        ("__init__", "adapters", "recipes", "budget", "plan_entry", "steps", "hosts"),
         ("observation",),
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
@@ -70,7 +70,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cuda",),
     ),
     "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
-    "integrations": (("__init__", "pictures", "diffusers"), ("sampling",), ("command",)),
+    "integrations": (("__init__", "pictures", "quantizer"), ("diffusers",), ("sampling",), ("command",)),
     "analysis": (
         ("__init__", "statistics", "weights"),
         ("observe", "sensitivity"),

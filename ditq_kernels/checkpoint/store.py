@@ -12,6 +12,7 @@ from torch import nn
 
 from ..files import written_whole
 from ..layer.linear import QuantLinear
+from ..model import hosts
 from ..model.conversion import replace_module
 from ..model.planning import obstacle_to
 from .manifest import (
@@ -105,6 +106,7 @@ def load(
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     _check_complete(model)
+    hosts.tell(model)
     return model.eval()
 
 

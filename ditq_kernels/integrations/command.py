@@ -42,7 +42,7 @@ def _calibrate(source, args: argparse.Namespace, scheme):
 
 def _quantize(args: argparse.Namespace) -> int:
     from ..layer.formats import Scheme
-    from ..model.conversion import plan, quantize, quantized_layers
+    from ..model.conversion import check_unquantized, plan, quantize, quantized_layers
 
     scheme = Scheme.parse(args.scheme)
     if not args.plan_only:
@@ -52,6 +52,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from .diffusers import check_target, load_source, save_quantized
 
     source = load_source(args.source, device=arguments.device(args.device))
+    check_unquantized(source.transformer, scheme.name)
     chosen = plan(source.transformer, scheme)
     print(chosen)
     if args.plan_only:

@@ -1,4 +1,8 @@
-"""diffusers models and pipelines, and quantized ones of ours, from and to directories."""
+"""diffusers models and pipelines, and quantized ones of ours, from and to directories.
+
+Importing this is the one import of the package with an effect: diffusers' own ``from_pretrained`` and
+``save_pretrained`` know quantized models from then on (``quantization_config=DitqConfig("w4a8_g128")``).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,19 @@ from torch import nn
 from ..checkpoint import store
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..files import written_whole
+from .quantizer import DitqConfig, DitqQuantizer, attach, register
+
+__all__ = [
+    "DitqConfig",
+    "DitqQuantizer",
+    "Source",
+    "attach",
+    "check_target",
+    "load_source",
+    "save_quantized",
+]
+
+register()
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"

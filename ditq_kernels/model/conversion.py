@@ -10,6 +10,7 @@ from torch import nn
 from ..layer.formats import WEIGHT_FORMATS, Scheme
 from ..layer.linear import QuantLinear
 from ..layer.quantizer import quantize_weight
+from . import hosts
 from .calibration import Calibration
 from .observation import linear_layers
 from .plan_entry import PlanEntry
@@ -85,6 +86,7 @@ def quantize(
             clip=clip,
         )
         replace_module(model, layer, quantized)
+    hosts.tell(model)
     return model
 
 
