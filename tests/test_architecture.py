@@ -23,6 +23,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer/backend",),
         ("layer/ops",),
         ("layer/linear",),
+        ("layer/concatenation",),
         ("model",),
         ("checkpoint",),
         ("__init__", "arguments"),
@@ -70,7 +71,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cuda",),
     ),
     "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
-    "integrations": (("__init__", "pictures", "quantizer"), ("diffusers",), ("sampling",), ("command",)),
+    "integrations": (("__init__", "pictures", "quantizer", "patches"), ("diffusers",), ("sampling",), ("command",)),
     "analysis": (
         ("__init__", "statistics", "weights"),
         ("observe", "sensitivity"),

@@ -1,5 +1,6 @@
 """Quantized models through diffusers' own ``from_pretrained`` and ``save_pretrained``."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -144,7 +145,19 @@ def test_a_configuration_is_plain_json():
     assert dict(DitqConfig("w8a8")) and DitqConfig.from_dict(DitqConfig("w8a8").to_dict()).layers is None
 
 
-def test_a_quantized_model_can_still_be_cast():
-    model = quantized()
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_a_device_map(device_map, tmp_path):
+    tiny_dit().save_pretrained(tmp_path)
+    load = DiTTransformer2DModel.from_pretrained
+    model = load(tmp_path, quantization_config=DitqConfig("w8a8"), device_map=device_map)
+    assert_same_bits(ditq.quantize(tiny_dit(), "w8a8", progress=False), model)
+    model.save_pretrained(tmp_path / "quantized")
+    assert_same_bits(model, load(tmp_path / "quantized", device_map=device_map))
+
+
+def test_a_quantized_model_can_still_be_copied_and_cast(tmp_path):
+    tiny_dit().save_pretrained(tmp_path)
+    model = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=DitqConfig("w8a8"))
+    assert_same_bits(model, copy.deepcopy(model))
     assert model.to(torch.bfloat16).dtype == torch.bfloat16
     assert model.half().dtype == torch.float16

@@ -159,6 +159,8 @@ def test_a_weight_that_cannot_be_stored_changes_nothing():
     for wrong, said in ((torch.zeros(K, N), "cannot replace it"), (torch.full((N, K), torch.nan), "NaN")):
         with pytest.raises(ValueError, match=said):
             layer.requantize(wrong)
+    with pytest.raises(ValueError, match="offloaded"):
+        copy.deepcopy(layer).to("meta").requantize(torch.zeros(N, K))
     with pytest.raises(ValueError, match="cannot become"):
         layer.weight.data = torch.zeros(K, N)
     assert same(before, bits(layer))
@@ -186,4 +188,6 @@ def test_stored_parts_take_no_gradient_and_no_other_type():
     assert same(before, bits(model[0])) and model[0].bias.dtype == model[0].dtype == torch.float16
     model.double()
     assert same(before, bits(model[0])) and model[0].weight.dtype == torch.float64
-    assert type(copy.deepcopy(model[0].qweight)) is type(model[0].qweight) and isinstance(model[0].weight, WeightView)
+    kind = type(model[0].qweight)
+    assert type(copy.deepcopy(model).to("meta")[0].qweight) is type(copy.deepcopy(model[0].qweight)) is kind
+    assert isinstance(model[0].weight, WeightView)

@@ -1,7 +1,8 @@
 """diffusers models and pipelines, and quantized ones of ours, from and to directories.
 
 Importing this is the one import of the package with an effect: diffusers' own ``from_pretrained`` and
-``save_pretrained`` know quantized models from then on (``quantization_config=DitqConfig("w4a8_g128")``).
+``save_pretrained`` know quantized models from then on (``quantization_config=DitqConfig("w4a8_g128")``), and two of its
+functions are replaced (:mod:`.patches`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from ..checkpoint import store
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..files import written_whole
+from . import patches
 from .quantizer import DitqConfig, DitqQuantizer, attach, register
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 register()
+patches.apply()
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"

@@ -159,6 +159,7 @@ class DitqQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None  # it holds a stream, which a copy of the model could not take
         missing = [name for name, part in model.named_parameters() if part.is_meta]
         if missing or self._schemes:
             raise ValueError(

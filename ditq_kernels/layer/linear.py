@@ -229,11 +229,14 @@ class QuantLinear(nn.Linear):
             weight: [N, K], of any floating dtype and on any device.
 
         Raises:
-            ValueError: if the shape is another, or the weight is not finite; the layer is then as it was.
+            ValueError: if the shape is another, the weight is not finite, or the layer is on the meta device; the layer
+                is then as it was.
         """
         shape = [self.out_features, self.in_features]
         if list(weight.shape) != shape:
             raise ValueError(f"the layer's weight is {shape}, and {list(weight.shape)} cannot replace it")
+        if self.qweight.is_meta:
+            raise ValueError("the layer is offloaded, or empty: bring its weight back before it is changed")
         wanted = weight.detach().to(self.qweight.device, torch.float32)
         if not bool(torch.isfinite(wanted).all()):
             raise ValueError("the weight holds NaN or infinite values and cannot be quantized; the layer is as it was")
@@ -280,6 +283,8 @@ class QuantLinear(nn.Linear):
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(self, name, StoredPart(before.to(after.device)))
+            elif not isinstance(after, StoredPart):  # from and to the meta device, a parameter becomes another
+                setattr(self, name, StoredPart(after.detach()))
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = dtype if dtype.is_floating_point else self.dtype
         return self

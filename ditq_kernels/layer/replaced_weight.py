@@ -27,17 +27,19 @@ class ReplacedWeight:
     @classmethod
     def by(cls, before: PackedWeight, wanted: torch.Tensor, got: torch.Tensor, dtype: torch.dtype) -> ReplacedWeight:
         """``before``, replaced by ``wanted`` [N, K], of which ``got`` could be stored, in a layer of ``dtype``."""
-        packed = PackedWeight(*(part if part is None else part.detach().cpu() for part in before[:3]), *before[3:])
-        wanted, lost, eps = wanted.cpu(), (wanted - got).cpu(), torch.finfo(dtype).eps
-        decoded = reference.dequantize(packed)
+        lost, decoded, eps = wanted - got, reference.dequantize(before), torch.finfo(dtype).eps
         rms = SLACK * _rms(lost) + eps / 2 * (_rms(decoded) + _rms(wanted))
         largest = SLACK * _largest(lost) + 2 * eps * (_largest(decoded) + _largest(wanted))
-        return cls(packed, rms, largest)
+        return cls(_on(before, torch.device("cpu")), rms.cpu(), largest.cpu())
 
     def is_meant_by(self, weight: torch.Tensor) -> bool:
         """Whether fp32 ``weight`` [N, K] stands for this one."""
-        off = weight.cpu() - reference.dequantize(self.packed)
-        return bool((_rms(off) <= self.off_rms).all() and (_largest(off) <= self.off_largest).all())
+        off = weight - reference.dequantize(_on(self.packed, weight.device))
+        return bool((_rms(off).cpu() <= self.off_rms).all() and (_largest(off).cpu() <= self.off_largest).all())
+
+
+def _on(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    return PackedWeight(*(part if part is None else part.detach().to(device) for part in packed[:3]), *packed[3:])
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:

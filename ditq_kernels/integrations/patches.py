@@ -1,0 +1,87 @@
+"""Two functions of diffusers that would quietly do the wrong thing with quantized layers, replaced by ones that do the
+right one.
+
+``fuse_qkv_projections`` would join decoded weights to 16-bit layers: packed ones are joined instead. A ControlNet's
+``from_transformer`` loads what has the same name, and would leave at random what is stored under others: it is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ..layer.concatenation import concatenated, obstacle_to_concatenation
+from ..layer.linear import QuantLinear
+from ..model.conversion import quantized_layers
+
+# The layer that joins others, by the module of an attention.
+JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+CONTROLNETS = {
+    "diffusers.models.controlnets.controlnet_flux": "FluxControlNetModel",
+    "diffusers.models.controlnets.controlnet_hunyuan": "HunyuanDiT2DControlNetModel",
+    "diffusers.models.controlnets.controlnet_qwenimage": "QwenImageControlNetModel",
+    "diffusers.models.controlnets.controlnet_sd3": "SD3ControlNetModel",
+}
+
+
+def _joining(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def fuse_projections(self: nn.Module, *args, **kwargs):
+        before = {name: getattr(self, name, None) for name in JOINED}
+        result = original(self, *args, **kwargs)
+        for name, parts in JOINED.items():
+            layers = [getattr(self, part, None) for part in parts]
+            if getattr(self, name, None) is before[name] or not any(isinstance(x, QuantLinear) for x in layers):
+                continue
+            obstacle = obstacle_to_concatenation(layers)
+            if obstacle is None:
+                setattr(self, name, concatenated(layers))
+            else:
+                warnings.warn(f"{name} joins {', '.join(parts)} in 16 bits: {obstacle}", stacklevel=2)
+        return result
+
+    return fuse_projections
+
+
+def _decoding(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def from_transformer(cls: type, *args, **kwargs):
+        controlnet = original(cls, *args, **kwargs)
+        given = signature.bind(cls, *args, **kwargs)
+        given.apply_defaults()
+        if not given.arguments.get("load_weights_from_transformer", True):
+            return controlnet
+        modules = dict(controlnet.named_modules())
+        for name, layer in quantized_layers(given.arguments["transformer"]).items():
+            plain = modules.get(name)
+            if isinstance(plain, nn.Linear) and (plain.out_features, plain.in_features) == tuple(layer.weight.shape):
+                with torch.no_grad():
+                    plain.weight.copy_(layer.weight)
+        return controlnet
+
+    return from_transformer
+
+
+@functools.cache
+def apply() -> None:
+    """Replace them; a second call does nothing."""
+    for cls in (Attention, AttentionModuleMixin):
+        cls.fuse_projections = _joining(cls.fuse_projections)
+    for module, name in CONTROLNETS.items():
+        cls = getattr(importlib.import_module(module), name, None)  # an older diffusers may lack it
+        if cls is not None:
+            cls.from_transformer = classmethod(_decoding(cls.from_transformer.__func__))
