@@ -146,6 +146,17 @@ def test_adapters_are_not_calibrated_for():
     assert sum(layer.scheme.static for layer in quantized_layers(adapted).values()) == 2 * len(TARGETS)
 
 
+def test_steps_of_a_model_with_adapters_are_counted():
+    adapted = attach(tiny_model())
+
+    def run():
+        for step in range(3):
+            for _ in range(2):  # guidance
+                adapted(*tiny_inputs(step))
+
+    assert ditq.calibrate(adapted, run, 0.5).steps == 3
+
+
 def test_an_adapter_is_trained_over_a_frozen_quantized_model():
     adapted = attached_to(tiny_model(), scheme="w4a16_g32").train()
     before, target = bits(adapted), torch.zeros(2, 5, 4)

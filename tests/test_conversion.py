@@ -7,6 +7,7 @@ import torch
 from small_models import dit_inputs, snapshot, tiny_dit, tiny_inputs, tiny_model, tiny_run, unchanged
 from torch import nn
 
+from ditq_kernels.checkpoint.store import load, save
 from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.model.calibration import calibrate
 from ditq_kernels.model.conversion import quantize, quantized_layers
@@ -147,3 +148,22 @@ def test_progress_is_shown_and_can_be_switched_off(capsys):
     assert capsys.readouterr().err == ""
     quantize(tiny_model(), "w8a8")
     assert "/12 [" in capsys.readouterr().err
+
+
+def test_a_compiled_model_is_quantized_and_saved_as_itself(tmp_path):
+    compiled, plain = torch.compile(tiny_dit(), backend="eager"), tiny_dit()
+    x, time, labels = dit_inputs()
+
+    def run(model=compiled):
+        with torch.no_grad():
+            return model(x, timestep=time, class_labels=labels).sample
+
+    run()
+    calibration = calibrate(compiled, run, 0.0)
+    assert set(calibration.amax) <= {entry.name for entry in plan(compiled, "w8a8")}
+    assert [(e.scheme, e.reason) for e in plan(compiled)] == [(e.scheme, e.reason) for e in plan(plain)]
+    quantize(compiled, "w8a8_static", calibration, progress=False)
+    quantize(plain, "w8a8_static", calibrate(plain, lambda: run(plain), 0.0), progress=False)
+    assert torch.equal(run(), run(plain))
+    save(compiled, tmp_path / "saved")
+    assert torch.equal(run(load(tmp_path / "saved")), run(plain))

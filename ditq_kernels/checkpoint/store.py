@@ -15,6 +15,7 @@ from ..layer.linear import QuantLinear
 from ..model import hosts
 from ..model.conversion import replace_module
 from ..model.planning import obstacle_to
+from ..model.wrappers import COMPILED
 from .manifest import (
     PROGRESS_BYTES,
     TENSOR_FILE,
@@ -42,6 +43,7 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     _check_free(directory)
+    model = model._modules.get(COMPILED, model)
     layers = {
         name: LayerRecord.of(module)
         for name, module in model.named_modules(remove_duplicate=False)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..layer.linear import QuantLinear
-from .adapters import adapters_modules
 from .steps import Steps
+from .wrappers import adapters_modules
 
 ROWS_PER_CHUNK = 8192  # rows widened to fp32 at a time, so that a moment needs no fp32 copy of a whole 16-bit input
 

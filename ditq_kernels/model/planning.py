@@ -15,12 +15,12 @@ from torch import nn
 
 from ..layer.formats import Scheme
 from ..layer.linear import StoredPart
-from .adapters import adapters_modules, own_name, without_adapters
 from .budget import Option, allocate, alternatives, rounding_error
 from .observation import linear_layers
 from .plan_entry import PlanEntry
 from .plan_table import plan_table
 from .recipes import recipe_for
+from .wrappers import adapters_modules, bare, own_name
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -192,7 +192,7 @@ def plan(
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no unquantized linear layer")
-    recipe = recipe_for(without_adapters(model))
+    recipe = recipe_for(bare(model))
     entries = []
     for name, layer in layers.items():
         rule = recipe.rule_for(own_name(name))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .wrappers import bare
+
 TIME = (
     "timestep",
     "timesteps",
@@ -30,7 +32,7 @@ class Steps:
         self.most_calls = 0  # of one step
         self.begins: list[int] = []  # the first call of each step
         self._calls_per_step = calls_per_step
-        names = list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+        names = list(inspect.signature(bare(model).forward).parameters)
         self._name = next((name for name in TIME if name in names), None)
         self._place = names.index(self._name) if self._name else 0
         self._time: list[float] | None = None

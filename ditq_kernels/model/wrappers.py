@@ -1,0 +1,43 @@
+"""What others put around a model or its layers: adapters (LoRA and its kin, by peft), and ``torch.compile``."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+BASE = "base_layer"  # peft's name for the layer that an adapter is put around
+COMPILED = "_orig_mod"  # PyTorch's name for the module that it has compiled
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, of which a ``PeftModel`` is a wrapper, and what ``torch.compile`` gives another."""
+    peft = sys.modules.get("peft")
+    while True:
+        if COMPILED in model._modules:
+            model = model._modules[COMPILED]
+        elif peft is not None and isinstance(model, peft.PeftModel):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def own_name(name: str) -> str:
+    """The name that a layer has in the bare model."""
+    parts = [part for part in name.split(".") if part not in (BASE, COMPILED)]
+    return ".".join(parts).removeprefix("base_model.model.")
+
+
+def adapters_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules that came with adapters: of a layer that has some, everything but the layer itself."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:  # then nobody has attached one
+        return set()
+    return {
+        module
+        for layer in model.modules()
+        if isinstance(layer, tuners.BaseTunerLayer)
+        for name, child in layer.named_children()
+        if name != BASE
+        for module in child.modules()
+    }
