@@ -112,11 +112,15 @@ WRITES_TO_DATA = {
 def test_what_writes_to_its_data_quantizes_the_layer_again(scheme, write):
     layer = quantized(scheme)
     wanted = layer.dequantized_weight() + change()
+    places = [part.data_ptr() for part in layer.parameters()]
     with pytest.warns(RequantizationWarning, match=rf"quantized to {scheme} was changed.*is lost"):
         write(layer, change())
     plain = nn.Linear(K, N, bias=False)
     plain.weight = nn.Parameter(wanted)
     assert same(bits(layer), bits(QuantLinear.from_linear(plain, scheme)))
+    assert places == [part.data_ptr() for part in layer.parameters()], (
+        "a captured graph would go on with the old weight"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::ditq_kernels.layer.linear.RequantizationWarning")

@@ -30,8 +30,6 @@ _QUANTIZED_AGAIN = (
     "nearest: what the change has below half a step of the scheme is lost, and so is what compensated rounding gained. "
     "An adapter that stays unfused costs none of that; unfusing brings the bits before back"
 )
-
-
 REPLACED_KEPT = 8  # adapters merged one after another that unmerge to the bits before
 
 
@@ -157,7 +155,8 @@ class QuantLinear(nn.Linear):
             self.input_amax = StoredPart(amax.to(weight.device))
         fmt = scheme.weight
         quantized = quantize_weight(weight, fmt, input_moment=input_moment, clip=clip, zero_point=zero_point)
-        self._store(PackedWeight(*_packed(quantized, fmt), fmt, linear.in_features), weight.device)
+        for name, part in zip(("qweight", "scale", "group_code"), _packed(quantized, fmt), strict=True):
+            setattr(self, name, part if part is None else StoredPart(part))
         self.bias = linear.bias
         self.train(linear.training)
         return self
@@ -241,19 +240,22 @@ class QuantLinear(nn.Linear):
         if not bool(torch.isfinite(wanted).all()):
             raise ValueError("the weight holds NaN or infinite values and cannot be quantized; the layer is as it was")
         fmt, before = self.scheme.weight, self.packed_weight
+        before = PackedWeight(*(part if part is None else part.clone() for part in before[:3]), *before[3:])
         known = next((one for one in reversed(self._replaced) if one.is_meant_by(wanted)), None)
         if known is not None:
             self._replaced.remove(known)
-            self._store(known.packed)
+            self._overwrite(known.packed)
         else:
-            self._store(PackedWeight(*_packed(quantize_weight(wanted, fmt), fmt), fmt, self.in_features))
+            self._overwrite(PackedWeight(*_packed(quantize_weight(wanted, fmt), fmt), fmt, self.in_features))
             warnings.warn(_QUANTIZED_AGAIN.format(scheme=self.scheme), RequantizationWarning, stacklevel=2)
         self._replaced.append(ReplacedWeight.by(before, wanted, self.dequantized_weight(), self.dtype))
         del self._replaced[:-REPLACED_KEPT]
 
-    def _store(self, weight: PackedWeight, device: torch.device | None = None) -> None:
-        for name, part in zip(("qweight", "scale", "group_code"), weight[:3], strict=True):
-            setattr(self, name, part if part is None else StoredPart(part.to(device or self.qweight.device)))
+    def _overwrite(self, weight: PackedWeight) -> None:
+        # In place: captured graphs and layers that share the weight see it, as they would see an nn.Linear's.
+        for stored, part in zip(self.packed_weight[:3], weight[:3], strict=True):
+            if stored is not None:
+                stored.data.copy_(part)
 
     @property
     def nbytes(self) -> int:
