@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -75,6 +76,18 @@ def test_another_dtype_is_that_of_what_is_not_quantized(tmp_path):
     expected = quantized().to(torch.bfloat16)
     expected.pos_embed.pos_embed = loaded.pos_embed.pos_embed  # which a cast rounds, and a loader does not
     assert_same_bits(expected, loaded)
+
+
+@dtypes
+def test_a_model_that_is_cast_after_it_was_quantized(dtype, tmp_path):
+    model = quantized()
+    table = model.pos_embed.pos_embed.clone()
+    model.to(dtype).pos_embed.pos_embed = table
+    model.save_pretrained(tmp_path)
+    assert_same_bits(model, DiTTransformer2DModel.from_pretrained(tmp_path))
+    again = pickle.loads(pickle.dumps(model.config.quantization_config))
+    assert again.to_dict() == model.config.quantization_config.to_dict()
+    assert again.dtype == str(dtype).removeprefix("torch.")
 
 
 @dtypes

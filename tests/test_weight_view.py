@@ -157,6 +157,16 @@ def test_another_change_is_not_taken_for_the_one_taken_back(scheme):
     assert not same(bits(layer), before) and abs(layer.weight[5, 7] - other[5, 7]) <= step
 
 
+@pytest.mark.filterwarnings("ignore::ditq_kernels.layer.linear.RequantizationWarning")
+def test_a_view_of_itself_may_be_written():
+    layer = QuantLinear.from_linear(linear(64, 64, CPU), "w8a16_g64")
+    transposed = layer.dequantized_weight().T.clone()
+    layer.weight.data = layer.weight.t()
+    assert (layer.dequantized_weight() - transposed).abs().max() <= transposed.abs().max() / 127
+    layer.requantize(layer.weight)
+    assert (layer.dequantized_weight() - transposed).abs().max() <= transposed.abs().max() / 127
+
+
 def test_a_weight_that_cannot_be_stored_changes_nothing():
     layer = quantized()
     before = bits(layer)

@@ -4,7 +4,8 @@ registration.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -57,6 +58,7 @@ class DitqConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.dtype = dtype
         self.layers = layers
+        self._model: weakref.ref[nn.Module] | None = None  # a model may be cast before it is saved
         if layers is None and Scheme.parse(scheme).static:
             raise ValueError(
                 f"{self.scheme} needs a calibration, and so a model that is loaded: load it in 16 bits, then "
@@ -72,10 +74,19 @@ class DitqConfig(QuantizationConfigMixin):
         return cls(max(schemes, key=schemes.count), dtype=str(_dtype_of(model)).removeprefix("torch."), layers=records)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``DitqConfig.from_dict`` is the inverse."""
-        return {**vars(self), "quant_method": self.quant_method.value}
+        """Plain values for JSON, of the model as it is now; ``DitqConfig.from_dict`` is the inverse."""
+        model = self._model() if self._model is not None else None
+        now = self if model is None else DitqConfig.of(model)
+        stored = {name: value for name, value in vars(now).items() if name != "_model"}
+        return {**stored, "quant_method": self.quant_method.value}
 
     to_diff_dict = to_dict
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __reduce__(self) -> tuple:  # a copy says how its model was when it was made
+        return DitqConfig.from_dict, (self.to_dict(),)
 
     def __repr__(self) -> str:
         stored = "" if self.layers is None else f", {len(self.layers)} layers stored"
@@ -126,7 +137,7 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def _kept(self, name: str) -> bool:
         return any(
-            fnmatchcase(name, pattern) or f".{name}.".find(f".{pattern}.") >= 0
+            fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
             for pattern in self.quantization_config.modules_to_not_convert
         )
 
@@ -161,11 +172,9 @@ class DitqQuantizer(DiffusersQuantizer):
             self._bar.close()
             self._bar = None  # it holds a stream, which a copy of the model could not take
         missing = [name for name, part in model.named_parameters() if part.is_meta]
-        if missing or self._schemes:
-            raise ValueError(
-                f"the checkpoint lacks {min([*missing, *self._schemes])}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}"
-            )
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"the checkpoint lacks {min(missing)}{more}")
         for layer in quantized_layers(model).values():
             layer.dtype = self._dtype or layer.dtype
         attach(model, self)
@@ -189,6 +198,7 @@ def attach(model: nn.Module, quantizer: DitqQuantizer | None = None) -> None:
     config = DitqConfig.of(model)
     if quantizer is None:
         quantizer = DitqQuantizer(config)
+    config._model = weakref.ref(model)
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
     model.is_quantized = False  # which would forbid casts; quantized layers cast what can be cast

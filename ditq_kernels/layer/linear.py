@@ -236,7 +236,8 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"the layer's weight is {shape}, and {list(weight.shape)} cannot replace it")
         if self.qweight.is_meta:
             raise ValueError("the layer is offloaded, or empty: bring its weight back before it is changed")
-        wanted = weight.detach().to(self.qweight.device, torch.float32)
+        weight = weight.decoded() if isinstance(weight, WeightView) else weight.detach()
+        wanted = weight.to(self.qweight.device, torch.float32)
         if not bool(torch.isfinite(wanted).all()):
             raise ValueError("the weight holds NaN or infinite values and cannot be quantized; the layer is as it was")
         fmt, before = self.scheme.weight, self.packed_weight

@@ -96,7 +96,7 @@ class WeightView(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     def _assign(self, value: torch.Tensor) -> None:
-        if isinstance(value, WeightView) and value._layer is self._layer:
+        if isinstance(value, WeightView) and value._layer is self._layer and value._path == self._path:
             return  # the end of ``weight.data += x``, which has written already
         if value.shape != self.shape:
             raise ValueError(f"a weight of {list(self.shape)} cannot become one of {list(value.shape)}")
