@@ -43,7 +43,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cuda"),
     ),
     "model": (
-        ("__init__", "wrappers", "recipes", "budget", "plan_entry"),
+        ("__init__", "wrappers", "rows"),
+        ("recipes", "budget", "plan_entry"),
         ("hosts", "steps"),
         ("observation",),
         ("calibration", "plan_table"),

@@ -71,7 +71,7 @@ class _RunObserver:
     def __init__(self, observation: Observation, progress: Callable[[], Any]) -> None:
         self.observation, self.progress, self.step = observation, progress, 0
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, samples: int | None) -> None:
         self.step = step
         self.progress()
 

@@ -52,7 +52,7 @@ class _OutputObserver:
         self.layers, self.forms, self.amax = layers, forms, amax
         self.powers: dict[str, _Powers] = {}
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, samples: int | None) -> None:
         pass
 
     def see(self, name: str, x: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ class _Beside:
         self.layers, self.other = linear_layers(model), other
         self.powers: dict[str, tuple[float, float]] = {}  # of the signal and the noise
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, samples: int | None) -> None:
         pass
 
     def see(self, name: str, x: torch.Tensor) -> None:

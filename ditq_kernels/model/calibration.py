@@ -42,6 +42,8 @@ class Calibration:
         moments: fp32 [K, K], the sum of ``x x^T`` over the step's tokens; layers fed the same input share one tensor.
         tokens: rows that each layer was fed.
         channel_amax: fp32 [K], the largest magnitude of each of a layer's input channels, whatever ``percentile`` is.
+        rows: the most rows per sample that one call of the model fed each layer: 1 for a modulation. Empty where it is
+            not known how many samples a call has.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Calibration:
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     channel_amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, float] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""
@@ -93,6 +96,7 @@ class Calibration:
             "percentile": self.percentile,
             "amax": self.amax,
             "tokens": self.tokens,
+            "rows": self.rows,
         }
         header = {
             "format": FORMAT,
@@ -236,6 +240,7 @@ def _calibration(
         observer.moments,
         observer.tokens,
         observer.channel_amax,
+        observer.rows.per_sample,
     )
 
 

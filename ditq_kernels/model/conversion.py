@@ -47,7 +47,8 @@ def quantize(
     first: on a TypeError or ValueError the model is as it was.
 
     Args:
-        scheme_or_plan: a scheme or its name (planned by :func:`plan`), or a plan made for this model.
+        scheme_or_plan: a scheme or its name (planned by :func:`plan`, with the calibration), or a plan made for this
+            model.
         calibration: what static schemes and compensated rounding need; left as it is.
         rounding: "nearest", or "compensated": a weight's rounding error is made up for by the weights rounded after
             it, as the calibration's second moments say.
@@ -61,13 +62,13 @@ def quantize(
             quantized already, if no plan says what is still to be done; a layer that is quantized already, lacks the
             calibration that its scheme needs, has forward hooks, or whose weights are not finite or not there.
     """
+    _check_request(model, calibration, rounding, clip)
     if isinstance(scheme_or_plan, Plan):
         chosen = scheme_or_plan
     else:
-        chosen = plan(model, scheme_or_plan)
+        chosen = plan(model, scheme_or_plan, calibration=calibration)
         check_unquantized(model, chosen.scheme)
     entries = chosen.quantized()
-    _check_request(model, calibration, rounding, clip)
     if calibration is not None:
         calibration.check(model)
     _check_layers(model, chosen)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..layer.linear import QuantLinear
+from .rows import Rows, samples_of
 from .steps import Steps
 from .wrappers import adapters_modules
 
@@ -66,8 +67,8 @@ def count_steps(model: nn.Module, run: Callable[[], Any], calls_per_step: int | 
 class CallObserver(Protocol):
     """What :func:`observe_steps` tells of a run."""
 
-    def begin(self, step: int) -> None:
-        """A call of the model begins, in the ``step``-th step, from 0."""
+    def begin(self, step: int, samples: int | None) -> None:
+        """A call of the model begins, in the ``step``-th step, from 0, on so many samples if that is known."""
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """The linear layer ``name`` is fed ``x``; only steps that are to be seen come here. May raise."""
@@ -98,7 +99,7 @@ def observe_steps(
         step = steps.begin_call(args, kwargs)
         if step == first + count:
             raise _StopRun
-        observer.begin(step)
+        observer.begin(step, samples_of(args, kwargs))
 
     def end(*_: Any) -> None:
         if steps.calls == last_call:
@@ -134,7 +135,7 @@ def observe_steps(
 
 
 class Observer:
-    """Collects what layers are fed: largest magnitudes, of all and by channel, tokens and, for those in
+    """Collects what layers are fed: largest magnitudes, of all and by channel, tokens, rows and, for those in
     ``moment_names``, second moments.
     """
 
@@ -145,12 +146,13 @@ class Observer:
         self.tokens: dict[str, int] = {}
         self.channel_amax: dict[str, torch.Tensor] = {}
         self.moments: dict[str, torch.Tensor] = {}
+        self.rows = Rows()
         self._input: torch.Tensor | None = None
         self._contribution: torch.Tensor | None = None
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def begin(self, call: int) -> None:
-        pass  # one step is seen, and its calls are not told apart
+    def begin(self, step: int, samples: int | None) -> None:
+        self.rows.begin(samples)
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """Record ``x`` [..., K], one input of the layer ``name``.
@@ -167,6 +169,7 @@ class Observer:
             )
         self.amax[name] = max(self.amax.get(name, 0.0), largest_magnitude(x, self.percentile))
         self.tokens[name] = self.tokens.get(name, 0) + x.numel() // x.shape[-1]
+        self.rows.see(name, x)
         channels = x.abs().reshape(-1, x.shape[-1]).amax(0).to("cpu", torch.float32)
         before = self.channel_amax.get(name)
         self.channel_amax[name] = channels if before is None else torch.maximum(before, channels)
@@ -189,6 +192,30 @@ class Observer:
                 # Holding ``before`` keeps its id its own.
                 self._sums[id(before)] = (before, before + self._contribution)
             self.moments[name] = self._sums[id(before)][1]
+
+
+class _RowsObserver:
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def begin(self, step: int, samples: int | None) -> None:
+        self.rows.begin(samples)
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        self.rows.see(name, x)
+
+
+def rows_per_sample(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+    """Rows of each sample that linear layers are fed in ``run``'s first call of ``model``; empty if it is not known how
+    many samples there are. On the meta device that is a matter of shapes and costs no arithmetic.
+
+    Raises:
+        ValueError: if ``run`` does not call ``model``.
+    """
+    observer = _RowsObserver()
+    if not observe_steps(model, run, 0, 1, observer, calls_per_step=1, last_call=1).calls:
+        raise ValueError(f"run() never called the {type(model).__name__} whose layers it was to feed")
+    return observer.rows.per_sample
 
 
 def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:

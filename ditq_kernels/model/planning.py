@@ -162,6 +162,7 @@ def plan(
     budget_bits: float | None = None,
     calibration: Calibration | None = None,
     errors: Mapping[str, Mapping[str, float]] | None = None,
+    rows: Mapping[str, float] | None = None,
 ) -> Plan:
     """What :func:`ditq_kernels.model.conversion.quantize` would do to ``model``, by its class's recipe or the general
     one.
@@ -172,10 +173,13 @@ def plan(
 
     Args:
         budget_bits: stored bits per weight, scales included, over the layers quantized.
-        calibration: with second moments: a layer's error is then the relative noise of its output, and without one that
-            of its weight.
+        calibration: tells the general recipe which layers are fed one row per sample, as modulations are; else their
+            names have to. For a budget it must have second moments: a layer's error is then the relative noise of its
+            output, and without a calibration that of its weight.
         errors: the errors themselves, by layer and scheme, such as
             :func:`ditq_kernels.analysis.sensitivity.squared_errors` gives; in place of ``calibration``.
+        rows: rows per sample by layer, as :func:`ditq_kernels.model.observation.rows_per_sample` sees them in one
+            forward pass, which may be one of shapes only; in place of the calibration's.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -192,7 +196,10 @@ def plan(
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no unquantized linear layer")
-    recipe = recipe_for(bare(model))
+    if rows is None and calibration is not None:
+        calibration.check(model)
+        rows = calibration.rows
+    recipe = recipe_for(bare(model), {own_name(name): count for name, count in (rows or {}).items()})
     entries = []
     for name, layer in layers.items():
         rule = recipe.rule_for(own_name(name))
@@ -211,14 +218,13 @@ def plan(
     if calibration is not None and errors is not None:
         raise ValueError("errors stand in place of a calibration; give one of the two")
     if budget_bits is None:
-        if calibration is not None or errors is not None:
-            raise ValueError("a calibration or errors choose among formats under a budget; give budget_bits too")
+        if errors is not None:
+            raise ValueError("errors choose among formats under a budget; give budget_bits too")
         return chosen
     moments = {} if calibration is None else calibration.moments
     if calibration is not None and not moments:
         raise ValueError("the calibration has no second moments; calibrate with moments=True")
     if calibration is not None:
-        calibration.check(model)
         lacking = [entry.name for entry in chosen.quantized() if entry.name not in moments]
         if lacking:
             raise ValueError(f"the calibration has no second moments of {lacking[0]}; calibrate with moments=True")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from .dit import DIT
@@ -13,9 +15,11 @@ RECIPES: dict[str, Recipe] = {recipe.architecture: recipe for recipe in (DIT,)}
 __all__ = ["RECIPES", "Fold", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
 
 
-def recipe_for(model: nn.Module) -> Recipe:
-    """The recipe of ``model``'s class or of the nearest base class that has one, else the general one."""
+def recipe_for(model: nn.Module, rows: Mapping[str, float] | None = None) -> Recipe:
+    """The recipe of ``model``'s class or of the nearest base class that has one, else the general one, which makes use
+    of ``rows`` per sample of layers, where they were seen.
+    """
     for base in type(model).__mro__:
         if base.__name__ in RECIPES:
             return RECIPES[base.__name__]
-    return general_recipe(model)
+    return general_recipe(model, rows)
