@@ -51,7 +51,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("planning", "smoothing"),
         ("conversion",),
     ),
-    "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
+    "model/recipes": (("rule",), ("dit", "general"), ("encoder",), ("__init__",)),
     "checkpoint": (("__init__", "manifest"), ("store",)),
     "inspect": (
         ("__init__", "compilation", "executor", "packed_operands", "workers"),
@@ -73,7 +73,14 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cuda",),
     ),
     "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
-    "integrations": (("__init__", "pictures", "quantizer", "patches"), ("diffusers",), ("sampling",), ("command",)),
+    "integrations": (
+        ("__init__", "config", "pictures", "patches"),
+        ("loading",),
+        ("quantizer", "transformers"),
+        ("diffusers",),
+        ("sampling",),
+        ("command",),
+    ),
     "analysis": (
         ("__init__", "statistics", "weights"),
         ("observe", "sensitivity"),
@@ -120,6 +127,7 @@ OURS_AT_MODULE_LEVEL = {"kernels": {"kernels", "inspect"}, "inspect": {"inspect"
 OTHERS_AT_MODULE_LEVEL = {
     "triton": {"kernels", "inspect"},
     "diffusers": {"integrations", "demo"},
+    "transformers": {"integrations"},
     "matplotlib": set(),
     "huggingface_hub": set(),
 }

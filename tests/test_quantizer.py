@@ -155,3 +155,18 @@ def test_bad_input_is_named(arguments, message):
     arguments = dict(weight=torch.ones(4, 128)) | arguments
     with pytest.raises(ValueError, match=message):
         quantize_weight(arguments.pop("weight"), WEIGHT_FORMATS["w4_g128"], **arguments)
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("clip", [None, 0.9, "search"])
+def test_rows_in_chunks_are_quantized_as_all_at_once(name, clip, monkeypatch):
+    w = torch.randn(70, 200, generator=torch.Generator().manual_seed(1)) * torch.arange(70).view(70, 1)
+    whole = quantize_weight(w, WEIGHT_FORMATS[name], clip=clip)
+    monkeypatch.setattr("ditq_kernels.layer.quantizer.CHUNK", {False: 200 * 16, True: 200 * 16})
+    chunked = quantize_weight(w, WEIGHT_FORMATS[name], clip=clip)
+    for part in ("codes", "scale", "multiplier", "zero_point"):
+        one, other = getattr(whole, part), getattr(chunked, part)
+        assert (one is other is None) or (torch.equal(one, other) and one.shape == other.shape), part
+    w[69, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quantize_weight(w, WEIGHT_FORMATS[name], clip=clip)

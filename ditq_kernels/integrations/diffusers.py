@@ -24,7 +24,8 @@ from ..checkpoint import store
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..files import written_whole
 from . import patches
-from .quantizer import DitqConfig, DitqQuantizer, attach, register
+from .config import DitqConfig
+from .quantizer import DitqQuantizer, attach, register
 
 __all__ = [
     "DitqConfig",

@@ -213,6 +213,8 @@ class QuantLinear(nn.Linear):
         """As of ``nn.Module``; UnsupportedError for a weight, which would stand beside the stored one, unused."""
         if name == "weight":
             raise UnsupportedError(_NOT_ASSIGNED)
+        if name in self._EXACT and param is not None and not isinstance(param, StoredPart):
+            param = StoredPart(param.detach())  # loaders make parameters of their own
         super().register_parameter(name, param)
 
     @torch.no_grad()

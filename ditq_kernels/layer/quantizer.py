@@ -16,6 +16,7 @@ from .formats import CODE4_MAX, INT8_MAX, WeightFormat, largest_multiplier
 
 CLIP_RATIOS = tuple(1 - 0.025 * i for i in range(17))  # what clip="search" tries: 1.0 down to 0.6
 DAMPING = 0.01  # added to the moment's diagonal, as a fraction of its mean (Frantar et al., arXiv 2210.17323)
+CHUNK = {False: 1 << 18, True: 1 << 24}  # weights quantized at once, on CUDA or not: it bounds temporary memory
 COMPENSATION_BLOCK = 128  # columns whose error is spread at once over all later ones
 
 
@@ -224,8 +225,6 @@ def _check(
 ) -> None:
     if w.ndim != 2 or not w.dtype.is_floating_point:
         raise ValueError(f"a weight must be a floating-point [N, K] matrix, got {w.dtype} {tuple(w.shape)}")
-    if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinite values; nothing was quantized")
     if fmt.group is not None and fmt.group > w.shape[1]:
         raise ValueError(
             f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per "
@@ -264,7 +263,29 @@ def quantize_weight(
         ValueError: for weights that are not finite, a group larger than K, or a moment of the wrong shape.
     """
     _check(weight, fmt, input_moment, clip, zero_point)
-    w = weight.detach().to(torch.float32)
+    rows = max(1, CHUNK[weight.device.type == "cuda"] // weight.shape[1])
+    parts = [
+        _quantize_rows(chunk.to(torch.float32), fmt, input_moment, clip, zero_point)
+        # Rows are quantized each by itself; error compensation does more for all of them than for each.
+        for chunk in weight.detach().split(rows if input_moment is None else max(1, len(weight)))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts], -1),
+        *(
+            torch.cat([getattr(part, name) for part in parts], -1) if fmt.two_level else None
+            for name in ("multiplier", "zero_point")
+        ),
+    )
+
+
+def _quantize_rows(
+    w: torch.Tensor, fmt: WeightFormat, input_moment: torch.Tensor | None, clip: float | str | None, zero_point: str
+) -> QuantizedWeight:
+    if not torch.isfinite(w).all():
+        raise ValueError("the weight holds NaN or infinite values; nothing was quantized")
     group = fmt.group or w.shape[1]
     if fmt.two_level:
         grid = fit_grid(w, group, ZERO_POINT_RULES[zero_point], clip, 0, CODE4_MAX)

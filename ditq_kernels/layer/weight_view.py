@@ -44,6 +44,7 @@ class WeightView(torch.Tensor):
     _layer: Layer
     _writes: bool  # whether to ``.data``
     _path: tuple[Callable, ...]  # the views that lead from the whole weight to this one
+    _is_hf_initialized = True  # transformers' loaders ask it of each weight, and write into those that say no
 
     @staticmethod
     def __new__(cls, layer: Layer, writes: bool = False, path: tuple[Callable, ...] = ()) -> WeightView:

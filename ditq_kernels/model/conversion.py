@@ -71,8 +71,9 @@ def quantize(
     entries = chosen.quantized()
     if calibration is not None:
         calibration.check(model)
-    _check_layers(model, chosen)
+    check_plan(model, chosen)
     for entry in entries:
+        _check_layer(entry, model.get_submodule(entry.name))
         _check_calibration(entry, calibration, rounding)
     from tqdm.auto import tqdm
 
@@ -114,7 +115,8 @@ def _check_request(model: nn.Module, calibration: Calibration | None, rounding: 
     quantize_weight(torch.zeros(1, 1), WEIGHT_FORMATS["w8"], clip=clip)  # the quantizer's own rule for clip
 
 
-def _check_layers(model: nn.Module, chosen: Plan) -> None:
+def check_plan(model: nn.Module, chosen: Plan) -> None:
+    """Raise ValueError unless every layer of the plan is one of ``model``, still to be quantized and of that shape."""
     layers = linear_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in chosen:
@@ -127,8 +129,6 @@ def _check_layers(model: nn.Module, chosen: Plan) -> None:
         if (layer.in_features, layer.out_features) != (entry.in_features, entry.out_features):
             found, planned = (f"{one.in_features} -> {one.out_features}" for one in (layer, entry))
             raise ValueError(f"the plan is not this model's: {name} is {found}, the plan says {planned}")
-        if entry.scheme is not None:
-            _check_layer(entry, layer)
 
 
 def _check_layer(entry: PlanEntry, layer: nn.Linear) -> None:

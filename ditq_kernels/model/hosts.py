@@ -10,7 +10,10 @@ from .wrappers import bare
 
 # By the package that a model's class, or a base of it, comes from: our module that has an ``attach(model)``. Named and
 # not imported: each needs its library, and stands above everything that quantizes.
-HOSTS = {"diffusers": "ditq_kernels.integrations.diffusers"}
+HOSTS = {
+    "diffusers": "ditq_kernels.integrations.diffusers",
+    "transformers": "ditq_kernels.integrations.transformers",
+}
 
 
 def tell(model: nn.Module) -> None:

@@ -200,11 +200,14 @@ def plan(
         calibration.check(model)
         rows = calibration.rows
     recipe = recipe_for(bare(model), {own_name(name): count for name, count in (rows or {}).items()})
+    owners = _other_owners(model)
     entries = []
     for name, layer in layers.items():
         rule = recipe.rule_for(own_name(name))
         wanted = {"keep": None, "weight_only": scheme.weight_only, "scheme": scheme}[rule.treatment]
         reason, obstacle = rule.reason, obstacle_to(layer)
+        if obstacle is None and id(layer.weight) in owners:
+            obstacle = f"its weight is also that of {owners[id(layer.weight)]}, and would be stored twice"
         if obstacle:
             wanted, reason = None, obstacle
         elif wanted is not None and _too_narrow(layer.in_features, wanted):
@@ -230,6 +233,16 @@ def plan(
             raise ValueError(f"the calibration has no second moments of {lacking[0]}; calibrate with moments=True")
     _spend(chosen, layers, budget_bits, moments, errors)
     return chosen
+
+
+def _other_owners(model: nn.Module) -> dict[int, str]:
+    """Names of modules that are no linear layers, by the id of each of their parameters."""
+    return {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def _parameters_elsewhere(model: nn.Module, layers: Iterable[nn.Linear]) -> int:

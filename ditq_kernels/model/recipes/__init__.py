@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from .dit import DIT
+from .encoder import encoder_recipe
 from .general import general_recipe
 from .rule import Fold, Recipe, Rule, Treatment
 
 RECIPES: dict[str, Recipe] = {recipe.architecture: recipe for recipe in (DIT,)}
+# For whatever has a base class of this name, from the model's structure.
+KINDS = {"PreTrainedModel": encoder_recipe}
 
 __all__ = ["RECIPES", "Fold", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
 
@@ -22,4 +25,6 @@ def recipe_for(model: nn.Module, rows: Mapping[str, float] | None = None) -> Rec
     for base in type(model).__mro__:
         if base.__name__ in RECIPES:
             return RECIPES[base.__name__]
+        if base.__name__ in KINDS:
+            return KINDS[base.__name__](model, rows)
     return general_recipe(model, rows)

@@ -1,0 +1,89 @@
+"""What becomes of a model's layers while a library loads it: they are quantized one by one as their weights come, or
+are there, empty, before stored ones are loaded into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.manifest import LayerRecord
+from ..layer.linear import QuantLinear
+from ..model.conversion import check_plan, replace_module
+from ..model.planning import plan
+from .config import DitqConfig
+
+
+class Loading:
+    """Of one model, from its empty skeleton to the end.
+
+    Args:
+        stored: whether what is loaded is quantized already.
+    """
+
+    def __init__(self, config: DitqConfig, stored: bool) -> None:
+        self.config, self.stored = config, stored
+        self.dtype: torch.dtype | None = None
+        self._schemes: dict[str, str] = {}  # of the layers still to be quantized
+        self._bar: Any = None
+
+    def choose_dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of what is not quantized: a stored model keeps its own where none is ``asked`` for."""
+        own = self.config.dtype
+        self.dtype = getattr(torch, own) if asked is None and own else asked
+        return self.dtype
+
+    def begin(self, model: nn.Module, kept: Collection[str] = ()) -> None:
+        """Prepare the empty ``model``.
+
+        Args:
+            kept: names of layers that the library wants as they are.
+
+        Raises:
+            ValueError: for a plan of another model.
+        """
+        from tqdm.auto import tqdm
+
+        if self.stored:
+            for name, record in (self.config.layers or {}).items():
+                layer = LayerRecord(**record).empty_layer(name)
+                if record["dtype"] == self.config.dtype:  # others are kept in another by the library
+                    layer.dtype = self.dtype or layer.dtype
+                replace_module(model, model.get_submodule(name), layer)
+            return
+        chosen = self.config.plan or plan(model, self.config.scheme)
+        check_plan(model, chosen)
+        self._schemes = {
+            e.name: e.scheme for e in chosen.quantized() if e.name not in kept and not self.config.keeps(e.name)
+        }
+        self._bar = tqdm(total=len(self._schemes), desc="quantize", unit="layer", leave=False)
+
+    def quantizes(self, parameter: str) -> bool:
+        """Whether the parameter of this name is a weight that :meth:`quantize` is to be given."""
+        owner, _, leaf = parameter.rpartition(".")
+        return leaf == "weight" and owner in self._schemes
+
+    def quantize(self, model: nn.Module, parameter: str, weight: torch.Tensor) -> None:
+        """Replace the layer of a weight by a quantized one; its bias stays what it is, loaded or not."""
+        owner = parameter.rpartition(".")[0]
+        layer = model.get_submodule(owner)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        replace_module(model, layer, QuantLinear.from_linear(layer, self._schemes.pop(owner)))
+        self._bar.update()
+
+    def end(self, model: nn.Module) -> None:
+        """Check that all is there.
+
+        Raises:
+            ValueError: naming what the checkpoint lacked.
+        """
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None  # it holds a stream, which a copy of the model could not take
+        missing = [name for name, part in model.named_parameters() if part.is_meta]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"the checkpoint lacks {min(missing)}{more}")
