@@ -7,9 +7,9 @@ from .layer.formats import SCHEMES, Scheme
 from .layer.linear import QuantLinear
 from .layer.ops import quantize_activation
 from .model.calibration import Calibration, calibrate
-from .model.conversion import quantize
+from .model.pipelines import PipelinePlan, plan, quantize
 from .model.plan_entry import PlanEntry
-from .model.planning import Plan, plan
+from .model.planning import Plan
 from .model.smoothing import smooth
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "SCHEMES",
     "Calibration",
     "CheckpointError",
+    "PipelinePlan",
     "Plan",
     "PlanEntry",
     "QuantLinear",

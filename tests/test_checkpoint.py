@@ -1,6 +1,7 @@
 """A checkpoint gives back the same bits, in a fresh process too, and whatever is not as it was saved is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from ditq_kernels.checkpoint import manifest as manifests
 from ditq_kernels.checkpoint.manifest import model_config, sha256
-from ditq_kernels.checkpoint.store import CheckpointError, load, save
+from ditq_kernels.checkpoint.store import CheckpointError, _save_tensors, load, save
 from ditq_kernels.layer.formats import SCHEMES
 from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.model.calibration import calibrate
@@ -189,8 +190,8 @@ def refuses(match, directory, model=None):
     assert dict(model.named_modules()) == modules and unchanged(model, before)
 
 
-def edit(directory, **changes):
-    path = directory / "ditq.json"
+def edit(directory, file="ditq.json", **changes):
+    path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -207,6 +208,9 @@ def edit_tensors(directory, change):
 def test_directories_that_are_no_checkpoints(tmp_path):
     refuses(r"nowhere is not a ditq checkpoint: it is no directory", tmp_path / "nowhere")
     refuses(r"is not a ditq checkpoint: it has no ditq\.json", tmp_path)
+    for directory, match in ((tmp_path, "no model is there"), (tmp_path / "nowhere", "is not a directory")):
+        with pytest.raises(CheckpointError, match=match):
+            load(directory)
     for text in ("{", "[]", "{}", '{"format": "other", "version": 1}'):
         (tmp_path / "ditq.json").write_text(text)
         refuses("is not a ditq checkpoint", tmp_path)
@@ -295,14 +299,46 @@ def test_models_that_are_filled_must_be_the_same_model(saved_tiny):
     refuses(r"blocks\.0\.modulation must be a plain nn\.Linear .* found a QuantLinear", saved_tiny, quantized)
 
 
+@pytest.fixture(scope="module")
+def older_dit(tmp_path_factory):
+    """A model of diffusers as it was saved before it was left to diffusers."""
+    directory = tmp_path_factory.mktemp("older") / "model"
+    _save_tensors(quantize(tiny_dit(), "w4a8_g32", progress=False), directory)
+    return directory
+
+
 @pytest.mark.parametrize("name", ["NoSuchModel", "DiTPipeline", "os", "_hidden", "a.b", "DDIMScheduler"])
-def test_only_model_classes_of_diffusers_are_built(saved_dit, tmp_path, name):
-    directory, _ = saved_dit
-    for file in directory.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    edit(tmp_path, model_class=name)
-    with pytest.raises(CheckpointError, match=rf"has no model class {name}; build a {name} yourself"):
-        load(tmp_path)
+def test_only_model_classes_of_diffusers_are_built(older_dit, saved_dit, tmp_path, name):
+    for directory, change in ((older_dit, {"model_class": name}), (saved_dit[0], {"_class_name": name})):
+        copy = tmp_path / directory.parent.name
+        shutil.copytree(directory, copy)
+        edit(copy, "ditq.json" if "model_class" in change else "config.json", **change)
+        with pytest.raises(CheckpointError, match=rf"no model class .*{name}"):
+            load(copy)
+
+
+def test_checkpoints_of_diffusers_models_from_before_still_load(older_dit, saved_dit, tmp_path):
+    model = load(older_dit)
+    with torch.no_grad():
+        assert torch.equal(model(*dit_inputs()).sample, saved_dit[1])
+    save(model, tmp_path / "now")
+    assert not (tmp_path / "now" / "ditq.json").exists()
+    assert unchanged(load(tmp_path / "now"), snapshot(model))
+
+
+def test_one_format_on_disk(saved_dit, tmp_path):
+    """What diffusers writes and what ``save`` writes are the same files, byte for byte."""
+    quantize(tiny_dit(), "w4a8_g32", progress=False).save_pretrained(tmp_path)
+    ours = {file.name: file.read_bytes() for file in saved_dit[0].iterdir()}
+    assert ours == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(*dit_inputs()).sample, saved_dit[1])
+
+
+def test_a_cuda_device_where_there_is_none(saved_dit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r'device="cuda" is asked for, and PyTorch finds no GPU here'):
+        load(saved_dit[0], "cuda")
 
 
 def test_other_models_must_be_passed(saved_tiny):

@@ -13,9 +13,10 @@ from test_sampling import tiny_dit
 
 import ditq_kernels
 from ditq_kernels import cli, environment
-from ditq_kernels.integrations import diffusers as sources
-from ditq_kernels.integrations.diffusers import LABEL_FILE, PIPELINE_FILE, load_source
+from ditq_kernels.integrations import source as sources
+from ditq_kernels.integrations.directories import PIPELINE_FILE
 from ditq_kernels.integrations.sampling import sample, save_grid
+from ditq_kernels.integrations.source import LABEL_FILE, load_source
 from ditq_kernels.model.conversion import quantized_layers
 
 
@@ -106,7 +107,8 @@ def test_a_pipeline_keeps_its_other_parts(pipeline, tmp_path, capsys):
     out = tmp_path / "quantized"
     assert ditq("quantize", pipeline, "--scheme", "w8a8_static", "--out", out, *QUICK, capsys=capsys)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["model_index.json", "scheduler", "transformer", "vae"]
-    assert not list((out / "transformer").glob("diffusion_pytorch_model*"))
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "ditq"
     code, _, error = ditq(
         "generate", out, "--class", "beast 3", "--steps", 2, "--out", tmp_path / "p.png", capsys=capsys
     )
@@ -237,14 +239,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_altered_checkpoint_is_refused(bare_model, tmp_path, capsys):
+def test_a_checkpoint_that_was_not_copied_whole_is_refused(bare_model, tmp_path, capsys):
     out = tmp_path / "quantized"
     assert ditq("quantize", bare_model, "--scheme", "w8a8", "--out", out, capsys=capsys)[0] == 0
-    content = bytearray((out / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (out / "model.safetensors").write_bytes(content)
+    file = out / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
     code, _, error = ditq("generate", out, "--class", "0", "--out", tmp_path / "p.png", capsys=capsys)
-    assert code == cli.EXIT_USER_ERROR and "not the file that was saved" in error
+    assert code == cli.EXIT_USER_ERROR and "could not be loaded as a DiTTransformer2DModel" in error
     assert not (tmp_path / "p.png").exists()
 
 
@@ -283,7 +284,7 @@ def test_an_interrupt_has_its_own_exit_code(monkeypatch, capsys):
 
 def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
     from ditq_kernels import quantize
-    from ditq_kernels.integrations.diffusers import save_quantized
+    from ditq_kernels.integrations.source import save_quantized
 
     source = load_source(bare_model)
     quantize(source.transformer, "w8a8", progress=False)

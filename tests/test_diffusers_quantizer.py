@@ -72,7 +72,7 @@ def test_a_model_of_static_scales_too(tmp_path):
 
 def test_another_dtype_is_that_of_what_is_not_quantized(tmp_path):
     quantized().save_pretrained(tmp_path)
-    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = quantized().to(torch.bfloat16)
     expected.pos_embed.pos_embed = loaded.pos_embed.pos_embed  # which a cast rounds, and a loader does not
     assert_same_bits(expected, loaded)
@@ -94,8 +94,8 @@ def test_a_model_that_is_cast_after_it_was_quantized(dtype, tmp_path):
 def test_quantized_as_it_is_loaded(dtype, tmp_path):
     tiny_dit().save_pretrained(tmp_path, max_shard_size="50KB")
     config = DitqConfig("w4a8_g32")
-    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config, torch_dtype=dtype)
-    expected = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config, dtype=dtype)
+    expected = DiTTransformer2DModel.from_pretrained(tmp_path, dtype=dtype)
     assert_same_bits(ditq.quantize(expected, "w4a8_g32", progress=False), loaded)
     loaded.save_pretrained(tmp_path / "quantized")
     assert_same_bits(loaded, DiTTransformer2DModel.from_pretrained(tmp_path / "quantized"))

@@ -11,9 +11,9 @@ from PIL import Image
 from small_sources import small_pipeline
 from torch import nn
 
-from ditq_kernels.integrations.diffusers import Source
 from ditq_kernels.integrations.pictures import to_unit_range
 from ditq_kernels.integrations.sampling import default_scheduler, initial_noise, sample, save_grid
+from ditq_kernels.integrations.source import Source
 
 
 def tiny_dit(seed=0, **overrides):

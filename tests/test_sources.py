@@ -4,16 +4,20 @@ import json
 import os
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from huggingface_hub.errors import EntryNotFoundError
 from small_sources import digests, small_dit, small_pipeline
 
 import ditq_kernels as ditq
-from ditq_kernels.integrations import diffusers as sources
-from ditq_kernels.integrations.diffusers import Source, load_source, save_quantized
+from ditq_kernels.integrations import source as sources
+from ditq_kernels.integrations.source import Source, load_source, save_quantized
 from ditq_kernels.model.conversion import quantized_layers
+
+MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # as diffusers calls them
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_everything_beside_a_pipelines_weights_is_kept(pipeline, tmp_path):
     save_quantized(quantized(pipeline), tmp_path / "out")
     after = digests(tmp_path / "out")
     model_files = {name for name in after if name.startswith("transformer/")}
-    assert model_files == {"transformer/ditq.json", "transformer/model.safetensors"}
+    assert model_files == {f"transformer/{name}" for name in MODEL_FILES}
     beside = {name: value for name, value in before.items() if not name.startswith("transformer/")}
     assert {name: value for name, value in after.items() if name not in model_files} == beside
     assert digests(pipeline) == before
@@ -90,7 +94,7 @@ def test_everything_beside_a_bare_models_weights_is_kept(bare, tmp_path):
     save_quantized(quantized(bare), tmp_path / "out")
     after = digests(tmp_path / "out")
     beside = ("scheduler/scheduler_config.json", sources.LABEL_FILE)
-    assert after.keys() == {"ditq.json", "model.safetensors", *beside}
+    assert after.keys() == {*MODEL_FILES, *beside}
     assert all(after[name] == before[name] for name in beside)
     assert load_source(tmp_path / "out").labels == {"cat": 0, "dog": 1, "fish": 2}
 
@@ -127,20 +131,41 @@ def test_latents_without_an_autoencoder_are_no_picture():
         Source(Path("somewhere"), small_dit(channels=4)).decode(torch.zeros(1, 4, 8, 8))
 
 
+def test_from_the_hub_comes_what_the_index_names(bare, tmp_path, monkeypatch):
+    """A pipeline by diffusers' own choice of files, a bare model without other libraries' files."""
+    asked = []
+
+    def has_file(name, file):
+        if not (Path(here[name]) / file).exists():
+            raise EntryNotFoundError("404")
+
+    def download(name, **options):
+        asked.append((name, options))
+        return here[name]
+
+    small_pipeline().save_pretrained(tmp_path / "pipe")
+    here = {"someone/bare": str(bare), "someone/pipe": str(tmp_path / "pipe")}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", has_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    assert load_source("someone/pipe").is_pipeline and not load_source("someone/bare").is_pipeline
+    assert asked == [("someone/pipe", {}), ("someone/bare", {"allow_patterns": ["*.json", "*.safetensors"]})]
+
+
 def test_the_hub_is_asked_for_names_and_not_for_paths(monkeypatch):
     asked = []
 
-    def refuse(name, **options):
+    def refuse(name, *_):
         asked.append(name)
         raise ConnectionError("no route to the hub\nsecond line")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(FileNotFoundError) as caught:
         load_source("someone/some-dit")
     expected = "someone/some-dit is not a directory here, and the hub did not give it: no route to the hub"
     assert str(caught.value) == expected
     for path in ("./some-dit", "/nowhere/some-dit", "some-dit", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="is not a directory with a diffusers model"):
+        with pytest.raises(FileNotFoundError, match="is not a directory with a model or pipeline"):
             load_source(path)
     assert asked == ["someone/some-dit"]
 

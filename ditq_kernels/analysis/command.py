@@ -16,8 +16,8 @@ SEED_STRIDE = 7919  # a prime: classes of consecutive pictures lie far apart
 
 def _analyze(args: argparse.Namespace) -> int:
     from .. import __version__
-    from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, sample
+    from ..integrations.source import load_source
     from .analyze import analyze
     from .report import check_target, findings, plan_text, write
 

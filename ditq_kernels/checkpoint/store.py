@@ -1,11 +1,14 @@
-"""Quantized models to and from a directory: ``ditq.json`` (the manifest) and ``model.safetensors``. No pickles."""
+"""Quantized models and pipelines to and from a directory: as the library that they come from writes it, or
+``ditq.json`` (the manifest) and ``model.safetensors``. No pickles.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,10 +16,12 @@ from torch import nn
 from ..files import written_whole
 from ..layer.linear import QuantLinear
 from ..model import hosts
-from ..model.conversion import replace_module
+from ..model.conversion import quantized_layers, replace_module
 from ..model.planning import obstacle_to
-from ..model.wrappers import COMPILED
+from ..model.wrappers import bare
+from .adapters import load_adapters, save_adapters, without_adapters
 from .manifest import (
+    MANIFEST_FILE,
     PROGRESS_BYTES,
     TENSOR_FILE,
     CheckpointError,
@@ -32,67 +37,101 @@ if TYPE_CHECKING:
 _FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # as safetensors calls them
 
 
-def save(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the quantized ``model``: every parameter and buffer, those that a state dict leaves out included.
+def save(model: Any, directory: str | os.PathLike) -> None:
+    """Write the quantized ``model``, or a pipeline that holds one.
 
-    The directory appears whole or not at all.
+    What comes from diffusers or transformers is written as these libraries do, so that they load it as well (once
+    ``ditq_kernels.integrations.diffusers`` is imported); of other models, every parameter and buffer, those that a
+    state dict leaves out included. Adapters that are attached and not merged are stored beside the weights, and
+    :func:`load` brings them back. The directory appears whole or not at all.
 
     Raises:
         FileExistsError: if ``directory`` is there already, unless it is an empty directory.
-        CheckpointError: (a ValueError) if the model has no quantized layer, or a tensor without data.
+        CheckpointError: (a ValueError) if there is no quantized layer, or a tensor without data.
     """
     directory = Path(directory)
     _check_free(directory)
-    model = model._modules.get(COMPILED, model)
-    layers = {
-        name: LayerRecord.of(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear)
-    }
-    if not layers or "" in layers:
+    parts = models_in(model)
+    whole = parts.get("", model)
+    if isinstance(whole, QuantLinear) or not any(quantized_layers(part) for part in parts.values()):
         raise CheckpointError(
             f"{type(model).__name__} holds no quantized layers to save; run ditq.quantize on it first"
         )
-    from safetensors.torch import save_file
-
-    tensors, aliases = _distinct_tensors(model)
+    for name, part in parts.items():
+        _check_data(name, part)
     with written_whole(directory) as unfinished:
-        unfinished.mkdir(parents=True)
-        file = unfinished / TENSOR_FILE
-        save_file(tensors, file, metadata={"format": "pt"})
-        Manifest(
-            written_by=_version(),
-            model_class=type(model).__name__,
-            config=model_config(model),
-            layers=layers,
-            non_persistent_buffers=sorted(_non_persistent(model)),
-            aliases=aliases,
-            tensor_bytes=file.stat().st_size,
-            tensor_sha256=sha256(file),
-        ).write(unfinished)
+        with without_adapters(*parts.values()):
+            if hosts.host_of(whole) is None:
+                _save_tensors(whole, unfinished)
+            else:
+                whole.save_pretrained(str(unfinished))
+        for name, part in parts.items():
+            save_adapters(part, unfinished / name)
         _check_free(directory)
         if directory.is_dir():
             directory.rmdir()  # an empty one; not every system renames over it
 
 
-def load(
-    directory: str | os.PathLike, device: torch.device | str | None = None, model: nn.Module | None = None
-) -> nn.Module:
-    """The model that :func:`save` wrote, in eval mode; 16-bit weights of its quantized layers are never made.
+def models_in(model: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline, by the component's name; a model itself, by the name ""."""
+    if isinstance(model, nn.Module):
+        return {"": bare(model)}
+    parts = getattr(model, "components", {})
+    return {name: bare(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _check_data(component: str, model: nn.Module) -> None:
+    for name, _, _, tensor, _ in _slots(model):
+        if tensor.is_meta:
+            full = f"{component}.{name}" if component else name
+            raise CheckpointError(f"{full} is on the meta device and has no data; disable offloading before saving")
+
+
+def _save_tensors(model: nn.Module, directory: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors, aliases = _distinct_tensors(model)
+    directory.mkdir(parents=True)
+    file = directory / TENSOR_FILE
+    save_file(tensors, file, metadata={"format": "pt"})
+    Manifest(
+        written_by=_version(),
+        model_class=type(model).__name__,
+        config=model_config(model),
+        layers={
+            name: LayerRecord.of(module)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, QuantLinear)
+        },
+        non_persistent_buffers=sorted(_non_persistent(model)),
+        aliases=aliases,
+        tensor_bytes=file.stat().st_size,
+        tensor_sha256=sha256(file),
+    ).write(directory)
+
+
+def load(directory: str | os.PathLike, device: torch.device | str | None = None, model: nn.Module | None = None) -> Any:
+    """The model, in eval mode, or pipeline that :func:`save`, ``ditq quantize`` or diffusers wrote, each part in its
+    own dtype; 16-bit weights of its quantized layers are never made.
 
     Args:
+        directory: or a name on the hub, of which only what is needed is downloaded.
         device: where the tensors go; None: the CPU.
-        model: for models that diffusers cannot build: an instance with plain ``nn.Linear`` layers, best made under
-            ``torch.device("meta")``. It is filled in place and returned; its own values are dropped.
+        model: for models that neither diffusers nor transformers can build: an instance with plain ``nn.Linear``
+            layers, best made under ``torch.device("meta")``. It is filled in place and returned; its own values are
+            dropped.
 
     Raises:
         CheckpointError: (a ValueError) for a directory that is no checkpoint, one written by a newer version, a file
             that is not as it was saved, and tensors that do not fit the model. ``model`` is then as it was.
         ImportError: if the checkpoint needs diffusers, which is not installed.
     """
+    device = _checked(device)
+    if model is None and not (Path(directory) / MANIFEST_FILE).is_file():
+        return _load_hosted(directory, device)
     from safetensors import SafetensorError, safe_open
 
-    directory, device = Path(directory), torch.device(device or "cpu")
+    directory = Path(directory)
     manifest = Manifest.read(directory)
     quantized = {name: record.empty_layer(name) for name, record in manifest.layers.items()}
     path = directory / TENSOR_FILE
@@ -109,7 +148,23 @@ def load(
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     _check_complete(model)
     hosts.tell(model)
+    load_adapters(model, directory)
     return model.eval()
+
+
+def _load_hosted(directory: str | os.PathLike, device: torch.device) -> Any:
+    try:
+        found = importlib.import_module(hosts.DIRECTORIES).load(directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
+    return found.to(device)
+
+
+def _checked(device: torch.device | str | None) -> torch.device:
+    device = torch.device(device or "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device="{device}" is asked for, and PyTorch finds no GPU here; load to the CPU')
+    return device
 
 
 def _version() -> str:
@@ -143,8 +198,6 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[s
     first_name: dict[tuple, str] = {}
     storages: set[tuple] = set()
     for name, _, _, tensor, _ in _slots(model):
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device and has no data; disable offloading before saving")
         view = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and view in first_name:
             aliases[name] = first_name[view]

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..integrations.diffusers import load_source
 from ..integrations.sampling import sample
+from ..integrations.source import load_source
 from . import MODEL_DIRECTORY, fashion_mnist
 from .classifier import accuracy, load_classifier
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from ..evaluation.metrics import difference
 from ..evaluation.variants import ORIGINAL, Variant, variants
-from ..integrations.diffusers import Source, load_source
 from ..integrations.pictures import to_unit_range
 from ..integrations.sampling import sample
+from ..integrations.source import Source, load_source
 from ..layer.backend import selected_backend
 from ..layer.formats import RECOMMENDED
 from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate

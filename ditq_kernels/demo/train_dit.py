@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from ..files import written_whole
-from ..integrations.diffusers import LABEL_FILE
+from ..integrations.source import LABEL_FILE
 from . import fashion_mnist
 
 MODEL = dict(

@@ -45,8 +45,8 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from tqdm import tqdm
 
     from .. import __version__
-    from ..integrations.diffusers import load_source
     from ..integrations.sampling import default_scheduler, save_grid
+    from ..integrations.source import load_source
     from ..layer.quantizer import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings

@@ -202,7 +202,7 @@ class Evaluation:
             return self._last[1]
         self._last = None  # before the next one takes its memory
         if variant.directory is not None:
-            from ..integrations.diffusers import load_source
+            from ..integrations.source import load_source
 
             model = load_source(variant.directory, device=next(self.model.parameters()).device).transformer
             nn.Module.to(model, variant.dtype)

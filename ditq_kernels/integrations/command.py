@@ -49,7 +49,7 @@ def _quantize(args: argparse.Namespace) -> int:
         if args.out is None:
             raise ValueError("--out is needed: the directory to write the quantized model to (or --plan-only)")
         _refuse_existing(args.out)
-    from .diffusers import check_target, load_source, save_quantized
+    from .source import check_target, load_source, save_quantized
 
     source = load_source(args.source, device=arguments.device(args.device))
     check_unquantized(source.transformer, scheme.name)
@@ -84,8 +84,8 @@ def _class_index(name: str, labels: dict[str, int], classes: int) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .diffusers import load_source
     from .sampling import default_scheduler, sample, save_grid
+    from .source import load_source
 
     if args.out.is_dir():
         raise IsADirectoryError(f"--out {args.out} is a directory; name a PNG file")

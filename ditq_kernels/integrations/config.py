@@ -72,7 +72,8 @@ class DitqConfig:
         layers = quantized_layers(model)
         schemes = [layer.scheme.name for layer in layers.values()]
         records = {name: asdict(LayerRecord.of(layer)) for name, layer in layers.items()}
-        config = cls(max(schemes, key=schemes.count), dtype=str(dtype_of(model)).removeprefix("torch."), layers=records)
+        most = max(schemes, key=schemes.count, default="w8a8")  # of no layer where a model has nothing to quantize
+        config = cls(most, dtype=str(dtype_of(model)).removeprefix("torch."), layers=records)
         config._model = weakref.ref(model)
         return config
 
@@ -129,4 +130,4 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         for parameter in () if isinstance(module, QuantLinear) else module.parameters(recurse=False):
             if parameter.is_floating_point():
                 counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda dtype: counts[dtype])
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

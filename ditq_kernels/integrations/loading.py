@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoint.manifest import LayerRecord
 from ..layer.linear import QuantLinear
 from ..model.conversion import check_plan, replace_module
+from ..model.observation import linear_layers
 from ..model.planning import plan
 from .config import DitqConfig
 
@@ -54,6 +55,8 @@ class Loading:
                     layer.dtype = self.dtype or layer.dtype
                 replace_module(model, model.get_submodule(name), layer)
             return
+        if not linear_layers(model) and self.config.plan is None:
+            return  # such as an autoencoder, where a whole pipeline is to be quantized
         chosen = self.config.plan or plan(model, self.config.scheme)
         check_plan(model, chosen)
         self._schemes = {

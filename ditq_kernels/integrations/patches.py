@@ -1,8 +1,9 @@
-"""Two functions of diffusers that would quietly do the wrong thing with quantized layers, replaced by ones that do the
-right one.
+"""Three functions of diffusers that would quietly do the wrong thing with quantized layers, replaced by ones that do
+the right one.
 
 ``fuse_qkv_projections`` would join decoded weights to 16-bit layers: packed ones are joined instead. A ControlNet's
 ``from_transformer`` loads what has the same name, and would leave at random what is stored under others: it is decoded.
+``save_pretrained`` would store a layer that has an adapter under names that no loader asks for: it is stored without.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from collections.abc import Callable
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..checkpoint.adapters import without_adapters
 from ..layer.concatenation import concatenated, obstacle_to_concatenation
 from ..layer.linear import QuantLinear
 from ..model.conversion import quantized_layers
+from ..model.wrappers import adapted_layers
 
 # The layer that joins others, by the module of an attention.
 JOINED = {
@@ -76,11 +80,28 @@ def _decoding(original: Callable) -> Callable:
     return from_transformer
 
 
+def _without_adapters(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def save_pretrained(self: nn.Module, *args, **kwargs):
+        if not adapted_layers(self) or not quantized_layers(self):
+            return original(self, *args, **kwargs)
+        warnings.warn(
+            f"{', '.join(self.peft_config)}: adapters are not saved with the model; ditq.save stores them beside it, a "
+            "pipeline's save_lora_weights by themselves",
+            stacklevel=2,
+        )
+        with without_adapters(self):
+            return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
 @functools.cache
 def apply() -> None:
     """Replace them; a second call does nothing."""
     for cls in (Attention, AttentionModuleMixin):
         cls.fuse_projections = _joining(cls.fuse_projections)
+    ModelMixin.save_pretrained = _without_adapters(ModelMixin.save_pretrained)
     for module, name in CONTROLNETS.items():
         cls = getattr(importlib.import_module(module), name, None)  # an older diffusers may lack it
         if cls is not None:

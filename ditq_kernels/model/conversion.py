@@ -62,22 +62,29 @@ def quantize(
             quantized already, if no plan says what is still to be done; a layer that is quantized already, lacks the
             calibration that its scheme needs, has forward hooks, or whose weights are not finite or not there.
     """
-    _check_request(model, calibration, rounding, clip)
     if isinstance(scheme_or_plan, Plan):
         chosen = scheme_or_plan
     else:
+        _check_request(model, calibration, rounding, clip)
         chosen = plan(model, scheme_or_plan, calibration=calibration)
         check_unquantized(model, chosen.scheme)
-    entries = chosen.quantized()
-    if calibration is not None:
-        calibration.check(model)
-    check_plan(model, chosen)
-    for entry in entries:
-        _check_layer(entry, model.get_submodule(entry.name))
-        _check_calibration(entry, calibration, rounding)
+    check(model, chosen, calibration, rounding, clip)
+    return convert(model, chosen, calibration, rounding, clip=clip, progress=progress)
+
+
+def convert(
+    model: nn.Module,
+    chosen: Plan,
+    calibration: Calibration | None,
+    rounding: str,
+    *,
+    clip: float | str | None,
+    progress: bool,
+) -> nn.Module:
+    """:func:`quantize` of what :func:`check` has found right."""
     from tqdm.auto import tqdm
 
-    for entry in tqdm(entries, desc="quantize", unit="layer", leave=False, disable=not progress):
+    for entry in tqdm(chosen.quantized(), desc="quantize", unit="layer", leave=False, disable=not progress):
         scheme = Scheme.parse(entry.scheme)
         layer = model.get_submodule(entry.name)
         quantized = QuantLinear.from_linear(
@@ -90,6 +97,19 @@ def quantize(
         replace_module(model, layer, quantized)
     hosts.tell(model)
     return model
+
+
+def check(
+    model: nn.Module, chosen: Plan, calibration: Calibration | None, rounding: str, clip: float | str | None
+) -> None:
+    """Raise what :func:`quantize` would, and touch nothing."""
+    _check_request(model, calibration, rounding, clip)
+    if calibration is not None:
+        calibration.check(model)
+    check_plan(model, chosen)
+    for entry in chosen.quantized():
+        _check_layer(entry, model.get_submodule(entry.name))
+        _check_calibration(entry, calibration, rounding)
 
 
 def check_unquantized(model: nn.Module, scheme: str) -> None:

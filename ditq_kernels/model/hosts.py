@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import nn
 
 from .wrappers import bare
 
-# By the package that a model's class, or a base of it, comes from: our module that has an ``attach(model)``. Named and
-# not imported: each needs its library, and stands above everything that quantizes.
+# By the package that a class, or a base of it, comes from: our module that has an ``attach(model)``. Named and not
+# imported: each needs its library, and stands above everything that quantizes.
 HOSTS = {
     "diffusers": "ditq_kernels.integrations.diffusers",
     "transformers": "ditq_kernels.integrations.transformers",
 }
+DIRECTORIES = "ditq_kernels.integrations.directories"  # our module that loads what they write
+
+
+def host_of(model: Any) -> str | None:
+    """The name of our module for the library that a model or pipeline comes from; None if there is none."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    known = [package for package in HOSTS if package in packages and hasattr(model, "save_pretrained")]
+    return HOSTS[known[0]] if known else None
 
 
 def tell(model: nn.Module) -> None:
     """Let the library that ``model`` comes from know that it is quantized."""
     model = bare(model)
-    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    for package in packages & HOSTS.keys():
-        importlib.import_module(HOSTS[package]).attach(model)
+    host = host_of(model)
+    if host is not None:
+        importlib.import_module(host).attach(model)

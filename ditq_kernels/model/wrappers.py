@@ -28,15 +28,19 @@ def own_name(name: str) -> str:
     return ".".join(parts).removeprefix("base_model.model.")
 
 
-def adapters_modules(model: nn.Module) -> set[nn.Module]:
-    """All modules that came with adapters: of a layer that has some, everything but the layer itself."""
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name to peft's wrapper, of every layer that adapters are put around."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:  # then nobody has attached one
-        return set()
+        return {}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, tuners.BaseTunerLayer)}
+
+
+def adapters_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules that came with adapters: of a layer that has some, everything but the layer itself."""
     return {
         module
-        for layer in model.modules()
-        if isinstance(layer, tuners.BaseTunerLayer)
+        for layer in adapted_layers(model).values()
         for name, child in layer.named_children()
         if name != BASE
         for module in child.modules()

@@ -14,8 +14,8 @@ from torch import nn
 
 from ...evaluation.metrics import difference
 from ...evaluation.samples import fingerprint
-from ...integrations.diffusers import load_source
 from ...integrations.sampling import default_scheduler, sample
+from ...integrations.source import load_source
 from ...layer.linear import QuantLinear
 from ...model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
 from ...model.conversion import quantized_layers

@@ -1,0 +1,186 @@
+"""Whole pipelines: what of them is quantized, their plans, and quantizing them. Also what ``ditq.plan`` and
+``ditq.quantize`` are, which take a model as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..layer.formats import Scheme
+from . import conversion, planning
+from .calibration import Calibration
+from .planning import Plan
+
+# What diffusers calls the parts of a pipeline that are quantized: what is sampled with, and what reads the prompt. The
+# autoencoder, image encoders and adapters stay as they are.
+DENOISER = r"(transformer|unet|prior)(_\d+)?"
+ENCODER = r"text_encoder(_\d+)?"
+
+
+def is_pipeline(model: object) -> bool:
+    """Whether ``model`` is no model but a pipeline, as of diffusers: something that has ``components``."""
+    return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping)
+
+
+def models_of(pipeline: Any, components: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """The models of ``pipeline`` that are quantized, by the component's name: those of ``components``, or all denoisers
+    and text encoders.
+
+    Raises:
+        ValueError: for a component that the pipeline does not have, or one that is no model; or if there is none.
+    """
+    found = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if components is None:
+        chosen = [name for name in found if re.fullmatch(f"{DENOISER}|{ENCODER}", name)]
+    else:
+        chosen = [components] if isinstance(components, str) else list(components)
+    for name in chosen:
+        if name not in found:
+            raise ValueError(f"the pipeline has no model {name!r}; it has {', '.join(found)}")
+    if not chosen:
+        raise ValueError(f"{type(pipeline).__name__} has neither a transformer nor a text encoder to quantize")
+    return {name: found[name] for name in chosen}
+
+
+class PipelinePlan:
+    """Plans of a pipeline's models: ``plan["transformer"]`` is a :class:`Plan`. Print it, edit its plans, take one out
+    with ``del``.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan]) -> None:
+        self._plans = dict(plans)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def __getitem__(self, component: str) -> Plan:
+        return self._plans[component]
+
+    def __delitem__(self, component: str) -> None:
+        del self._plans[component]
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}: {one}" for name, one in self._plans.items())
+
+    def __repr__(self) -> str:
+        return f"<PipelinePlan: {', '.join(f'{name} {one!r}' for name, one in self._plans.items())}>"
+
+    def summary(self) -> str:
+        """A line for each model, as :meth:`Plan.summary`."""
+        return "\n".join(f"{name}: {one.summary()}" for name, one in self._plans.items())
+
+
+def plan(
+    model: Any,
+    scheme: str | Scheme = "w4a8_g128",
+    *,
+    calibration: Calibration | Mapping[str, Calibration] | None = None,
+    components: Collection[str] | None = None,
+    **options: Any,
+) -> Plan | PipelinePlan:
+    """What :func:`quantize` would do to ``model``, a model or a whole pipeline.
+
+    Args:
+        calibration: of the model; of a pipeline's one denoiser, or of its models by the component's name.
+        components: names of a pipeline's models to quantize; None: all denoisers and text encoders.
+        options: of a model's plan, see :func:`ditq_kernels.model.planning.plan`.
+
+    Raises:
+        TypeError, ValueError: as :func:`ditq_kernels.model.planning.plan` and :func:`models_of` do.
+    """
+    if not is_pipeline(model):
+        _check_no_components(components)
+        return planning.plan(model, scheme, calibration=calibration, **options)
+    models = models_of(model, components)
+    calibrations = _by_component(calibration, models)
+    return PipelinePlan(
+        {
+            name: planning.plan(one, _scheme_of(name, scheme), calibration=calibrations.get(name), **options)
+            for name, one in models.items()
+        }
+    )
+
+
+def quantize(
+    model: Any,
+    scheme_or_plan: str | Scheme | Plan | PipelinePlan,
+    calibration: Calibration | Mapping[str, Calibration] | None = None,
+    rounding: str = "nearest",
+    *,
+    components: Collection[str] | None = None,
+    clip: float | str | None = None,
+    progress: bool = True,
+) -> Any:
+    """Quantize ``model``, a model or a whole pipeline, in place; returns it.
+
+    Of a pipeline, denoisers take the scheme, and text encoders its weights only, to nearest: they run once a picture.
+    Everything is checked before the first weight is touched.
+
+    Args:
+        scheme_or_plan: a scheme or its name, or what :func:`plan` made for ``model``.
+        calibration: of the model; of a pipeline's one denoiser, or of its models by the component's name.
+        components: names of a pipeline's models to quantize; None: all denoisers and text encoders.
+        rounding, clip, progress: see :func:`ditq_kernels.model.conversion.quantize`.
+
+    Raises:
+        TypeError, ValueError: as :func:`ditq_kernels.model.conversion.quantize` and :func:`models_of` do.
+    """
+    if not is_pipeline(model):
+        _check_no_components(components)
+        return conversion.quantize(model, scheme_or_plan, calibration, rounding, clip=clip, progress=progress)
+    if isinstance(scheme_or_plan, Plan):
+        raise TypeError("a Plan is of one model; of a pipeline, ditq.plan(pipe, ...) makes one for each of its models")
+    if isinstance(scheme_or_plan, PipelinePlan):
+        chosen = scheme_or_plan
+        models = models_of(model, list(chosen) if components is None else components)
+    else:
+        models = models_of(model, components)
+        for name, one in models.items():
+            conversion.check_unquantized(one, str(_scheme_of(name, scheme_or_plan)))
+        chosen = plan(model, scheme_or_plan, calibration=calibration, components=components)
+    calibrations = _by_component(calibration, models)
+    requests = []
+    for name, one in models.items():
+        how = rounding if name in calibrations or not re.fullmatch(ENCODER, name) else "nearest"
+        conversion.check(one, chosen[name], calibrations.get(name), how, clip)
+        requests.append((one, chosen[name], calibrations.get(name), how))
+    for request in requests:
+        conversion.convert(*request, clip=clip, progress=progress)
+    return model
+
+
+def _scheme_of(component: str, scheme: str | Scheme) -> Scheme:
+    # Encoders are quantized in their weights only: a static scheme would ask for a calibration in vain.
+    scheme = Scheme.parse(scheme)
+    return scheme.weight_only if re.fullmatch(ENCODER, component) else scheme
+
+
+def _by_component(
+    calibration: Calibration | Mapping[str, Calibration] | None, models: Mapping[str, nn.Module]
+) -> dict[str, Calibration]:
+    if calibration is None:
+        return {}
+    if isinstance(calibration, Mapping):
+        for name in calibration:
+            if name not in models:
+                raise ValueError(f"a calibration is given for {name!r}, and quantized are {', '.join(models)}")
+        return dict(calibration)
+    denoisers = [name for name in models if re.fullmatch(DENOISER, name)]
+    if len(denoisers) != 1:
+        raise ValueError(
+            f"one calibration is given, and the pipeline quantizes {', '.join(denoisers) or 'no denoiser'}; "
+            "give calibration={component: calibration, ...}"
+        )
+    return {denoisers[0]: calibration}
+
+
+def _check_no_components(components: Collection[str] | None) -> None:
+    if components is not None:
+        raise TypeError("components name the models of a pipeline, and this is a model")
