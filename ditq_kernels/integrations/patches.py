@@ -1,9 +1,10 @@
-"""Three functions of diffusers that would quietly do the wrong thing with quantized layers, replaced by ones that do
-the right one.
+"""Functions of diffusers that would do the wrong thing with quantized layers, most of them in silence, replaced by ones
+that do the right one.
 
 ``fuse_qkv_projections`` would join decoded weights to 16-bit layers: packed ones are joined instead. A ControlNet's
 ``from_transformer`` loads what has the same name, and would leave at random what is stored under others: it is decoded.
 ``save_pretrained`` would store a layer that has an adapter under names that no loader asks for: it is stored without.
+FLUX's ``load_lora_weights`` looks for weights in the model's state dict, and does not find stored ones.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
@@ -96,12 +98,31 @@ def _without_adapters(original: Callable) -> Callable:
     return save_pretrained
 
 
+def _seeing_weights(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def maybe_expand_lora_state_dict(cls: type, transformer: nn.Module, lora_state_dict: dict):
+        state_dict = transformer.state_dict
+        # Views: they know their shapes, which is what is asked for, and decode nothing. Real state dicts hold none, as
+        # what writes files would take them for memory.
+        views = {f"{name}.weight": layer.weight for name, layer in quantized_layers(transformer).items()}
+        transformer.state_dict = lambda: {**state_dict(), **views}
+        try:
+            return original(cls, transformer, lora_state_dict)
+        finally:
+            del transformer.state_dict
+
+    return maybe_expand_lora_state_dict
+
+
 @functools.cache
 def apply() -> None:
     """Replace them; a second call does nothing."""
     for cls in (Attention, AttentionModuleMixin):
         cls.fuse_projections = _joining(cls.fuse_projections)
     ModelMixin.save_pretrained = _without_adapters(ModelMixin.save_pretrained)
+    FluxLoraLoaderMixin._maybe_expand_lora_state_dict = classmethod(
+        _seeing_weights(FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__)
+    )
     for module, name in CONTROLNETS.items():
         cls = getattr(importlib.import_module(module), name, None)  # an older diffusers may lack it
         if cls is not None:
