@@ -50,7 +50,15 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("planning", "smoothing"),
         ("conversion",),
     ),
-    "model/recipes": (("rule",), ("dit", "general"), ("__init__",)),
+    "model/recipes": (
+        ("rule",),
+        (
+            *("auraflow", "chroma", "cogvideox", "cosmos", "dit", "flux", "flux2", "hunyuan_dit", "hunyuan_video"),
+            *("ltx", "lumina2", "mochi", "pixart", "qwen_image", "sana", "sd3", "wan"),
+            "general",
+        ),
+        ("__init__",),
+    ),
     "checkpoint": (("__init__", "manifest"), ("store",)),
     "inspect": (
         ("__init__", "compilation", "executor", "packed_operands", "workers"),
