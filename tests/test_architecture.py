@@ -52,7 +52,16 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("conversion",),
         ("pipelines",),
     ),
-    "model/recipes": (("rule",), ("dit", "general"), ("encoder",), ("__init__",)),
+    "model/recipes": (
+        ("rule",),
+        (
+            *("auraflow", "chroma", "cogvideox", "cosmos", "dit", "flux", "flux2", "hunyuan_dit", "hunyuan_video"),
+            *("ltx", "lumina2", "mochi", "pixart", "qwen_image", "sana", "sd3", "wan"),
+            "general",
+        ),
+        ("encoder",),
+        ("__init__",),
+    ),
     "checkpoint": (("__init__", "adapters", "manifest"), ("store",)),
     "inspect": (
         ("__init__", "compilation", "executor", "packed_operands", "workers"),

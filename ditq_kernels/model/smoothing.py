@@ -43,60 +43,95 @@ def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) ->
     if calibration.percentile is not None:
         raise ValueError("smoothing needs the whole range of each channel; calibrate without a percentile")
     calibration.check(model)
-    layers = linear_layers(model)
     found = list(_folds(model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} cannot be smoothed: its recipe names no layer to fold the division into"
         )
-    for fold, consumers, producer in found:
-        for name in (*consumers, producer):
-            if name not in layers:
-                raise ValueError(f"{name} is quantized already, or missing; smooth the model before quantizing it")
-        if consumers[0] not in calibration.channel_amax:
-            raise ValueError(f"the calibration has no channel ranges of {consumers[0]}; calibrate this model again")
-        if fold.gain is not None and layers[producer].bias is None:
-            raise ValueError(f"{producer} has no bias, which smoothing a modulation needs; leave the model as it is")
-    factors: dict[str, torch.Tensor] = {}
-    for fold, consumers, producer in found:
-        factor = _factor(calibration.channel_amax[consumers[0]], [layers[name] for name in consumers], strength)
+    layers = linear_layers(model)
+    for fold, consumers, producers in found:
+        for name, module in (consumers | producers).items():
+            if name not in layers and not _is_norm(module):
+                raise ValueError(f"{name} is quantized already, or has adapters; smooth the model before")
         for name in consumers:
-            weight = layers[name].weight
-            # The factor in fp32: rounded to 16 bits it would not be what the producer divides by.
+            if name not in calibration.channel_amax:
+                raise ValueError(f"the calibration has no channel ranges of {name}; calibrate this model again")
+        for name, module in producers.items():
+            if fold.gains and module.bias is None:
+                raise ValueError(f"{name} has no bias, which smoothing a modulation needs; leave the model as it is")
+    factors: dict[str, torch.Tensor] = {}
+    for fold, consumers, producers in found:
+        columns = _part(layers[next(iter(consumers))].in_features, *fold.inputs)
+        amax = torch.stack([calibration.channel_amax[name][columns] for name in consumers]).amax(0)
+        factor = _factor(amax, [layers[name].weight[:, columns] for name in consumers], strength)
+        whole = torch.ones(layers[next(iter(consumers))].in_features)
+        whole[columns] = factor
+        for name in consumers:
+            weight = layers[name].weight[:, columns]
+            # The factor in fp32: rounded to 16 bits it would not be what the producers divide by.
             weight.copy_(weight.float() * factor.to(weight.device))
-            factors[name] = factor
-        _divide_outputs(layers[producer], fold, factor)
+            # Layers fed the same share one tensor, by which their moments go on being shared.
+            factors[name] = factors[name] * whole if name in factors else whole
+        for module in producers.values():
+            _divide_outputs(module, fold, factor)
     return _smoothed(calibration, factors)
 
 
-def _folds(model: nn.Module) -> Iterator[tuple[Fold, list[str], str]]:
-    """(fold, names of its consumers, name of its producer) for each block of ``model``."""
+def _folds(model: nn.Module) -> Iterator[tuple[Fold, dict[str, nn.Module], dict[str, nn.Module]]]:
+    """(fold, its consumers, its producers) for each block of ``model`` that has such layers, in sizes that fit."""
+    modules = dict(model.named_modules())
     for fold in recipe_for(model).folds:
-        for name, _ in model.named_modules():
-            if re.fullmatch(fold.block, name):
-                yield fold, [f"{name}.{consumer}" for consumer in fold.consumers], f"{name}.{fold.producer}"
+        for block in modules:
+            if not re.fullmatch(fold.block, block):
+                continue
+            consumers, producers = (
+                {
+                    f"{block}.{name}": modules[f"{block}.{name}"]
+                    for name in names
+                    if getattr(modules.get(f"{block}.{name}"), "weight", None) is not None
+                }
+                for names in (fold.consumers, fold.producers)
+            )
+            made = {_outputs(module) / (1 if _is_norm(module) else fold.chunks) for module in producers.values()}
+            wanted = {module.in_features / fold.inputs[1] for module in consumers.values()}
+            if len(made) == 1 and made == wanted:
+                yield fold, consumers, producers
 
 
-def _factor(amax: torch.Tensor, layers: list[nn.Linear], strength: float) -> torch.Tensor:
+def _is_norm(module: nn.Module) -> bool:
+    return module.weight.dim() == 1
+
+
+def _outputs(module: nn.Module) -> int:
+    return module.weight.numel() if _is_norm(module) else module.out_features
+
+
+def _part(size: int, index: int, count: int) -> slice:
+    return slice(size // count * index, size // count * (index + 1))
+
+
+def _factor(amax: torch.Tensor, weights: list[torch.Tensor], strength: float) -> torch.Tensor:
     """fp32 [K]; 1 for channels that are nothing but zeros."""
-    of_weights = torch.stack([layer.weight.abs().amax(0).float().cpu() for layer in layers]).amax(0)
+    of_weights = torch.stack([weight.abs().amax(0).float().cpu() for weight in weights]).amax(0)
     factor = amax.float() ** strength / of_weights ** (1 - strength)
     return torch.where((amax > 0) & (of_weights > 0), factor, torch.ones_like(factor))
 
 
-def _divide_outputs(layer: nn.Linear, fold: Fold, factor: torch.Tensor) -> None:
-    """Make ``layer`` put out what divides the consumers' input by ``factor``."""
-    rows = layer.out_features // fold.chunks
-    inverse = 1 / factor.to(layer.weight.device, torch.float64)
-    for part in (fold.shift, fold.gain):
-        if part is None:
-            continue
-        chosen = slice(part * rows, (part + 1) * rows)
-        layer.weight[chosen] = (layer.weight[chosen] * inverse.unsqueeze(1)).to(layer.weight.dtype)
-        if part == fold.gain:  # (1 + gain) / s = 1 + (gain / s + 1 / s - 1)
-            layer.bias[chosen] = (layer.bias[chosen] * inverse + inverse - 1).to(layer.bias.dtype)
-        elif layer.bias is not None:
-            layer.bias[chosen] = (layer.bias[chosen] * inverse).to(layer.bias.dtype)
+def _divide_outputs(module: nn.Module, fold: Fold, factor: torch.Tensor) -> None:
+    """Make ``module`` put out what divides the consumers' input by ``factor``."""
+    inverse = 1 / factor.to(module.weight.device, torch.float64)
+    if _is_norm(module):
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if parameter is not None:
+                parameter.copy_(parameter * inverse)
+        return
+    for part in fold.shifts + fold.gains:
+        rows = _part(module.out_features, part, fold.chunks)
+        module.weight[rows] = (module.weight[rows] * inverse.unsqueeze(1)).to(module.weight.dtype)
+        if part in fold.gains:  # (1 + gain) / s = 1 + (gain / s + 1 / s - 1)
+            module.bias[rows] = (module.bias[rows] * inverse + inverse - 1).to(module.bias.dtype)
+        elif module.bias is not None:
+            module.bias[rows] = (module.bias[rows] * inverse).to(module.bias.dtype)
 
 
 def _smoothed(calibration: Calibration, factors: dict[str, torch.Tensor]) -> Calibration:

@@ -26,8 +26,8 @@ DIT = Recipe(
     # The modulation's six parts: shift, gain and gate of the attention, then of the MLP. The MLP's second product is
     # fed by GELU, through which nothing can be folded.
     (
-        Fold(_BLOCK, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "norm1.linear", chunks=6, shift=0, gain=1),
-        Fold(_BLOCK, ("ff.net.0.proj",), "norm1.linear", chunks=6, shift=3, gain=4),
-        Fold(_BLOCK, ("attn1.to_out.0",), "attn1.to_v"),
+        Fold(_BLOCK, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("norm1.linear",), chunks=6, shifts=(0,), gains=(1,)),
+        Fold(_BLOCK, ("ff.net.0.proj",), ("norm1.linear",), chunks=6, shifts=(3,), gains=(4,)),
+        Fold(_BLOCK, ("attn1.to_out.0",), ("attn1.to_v",)),
     ),
 )

@@ -28,23 +28,28 @@ class Rule:
 
 @dataclass(frozen=True)
 class Fold:
-    """Where a division of layers' input channels can be folded, because a linear layer makes what they are fed.
+    """Where a division of layers' input channels can be folded, because of the layers that make what they are fed.
 
-    Names are relative to a block. Of the producer's outputs, cut into ``chunks`` equal parts, part ``shift`` reaches
-    the consumers channel by channel; where there is a ``gain``, they are fed ``x * (1 + gain) + shift``.
+    Names are relative to a block. Those that a block lacks do not count; where the sizes do not fit, a fold says
+    nothing about the block.
 
     Attributes:
         block: a regular expression for the blocks' names.
-        consumers: linear layers that all are fed the same, and nothing else is.
-        producer: the linear layer.
+        consumers: linear layers that are fed the same channels; nothing else in the block is fed them.
+        producers: what makes these channels. Of a linear layer's outputs, cut into ``chunks`` equal parts, those in
+            ``shifts`` reach the consumers channel by channel, and where there are ``gains``, the consumers are fed
+            ``x * (1 + gain) + shift``. Of a norm, its learnt weight (and bias) reaches them so. Several add up, or
+            serve different tokens.
+        inputs: which of how many equal parts of the consumers' input channels: (0, 1) is all of them.
     """
 
     block: str
     consumers: tuple[str, ...]
-    producer: str
+    producers: tuple[str, ...]
     chunks: int = 1
-    shift: int = 0
-    gain: int | None = None
+    shifts: tuple[int, ...] = (0,)
+    gains: tuple[int, ...] = ()
+    inputs: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
