@@ -10,6 +10,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from ..layer.linear import QuantLinear
+from ..model.recipes import repeated_blocks
 from .config import NAME, DitqConfig
 from .loading import Loading
 
@@ -81,6 +82,8 @@ def attach(model: nn.Module, quantizer: DitqQuantizer | None = None) -> None:
     model.hf_quantizer = quantizer
     model.is_quantized = False  # which would forbid casts; quantized layers cast what can be cast
     model.register_to_config(quantization_config=config)
+    if not getattr(model, "_repeated_blocks", None):  # what compile_repeated_blocks compiles, which some classes lack
+        model._repeated_blocks = sorted({type(block).__name__ for block in repeated_blocks(model).values()})
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from .dit import DIT
 from .encoder import encoder_recipe
 from .flux import FLUX
 from .flux2 import FLUX2
-from .general import general_recipe
+from .general import general_recipe, repeated_blocks
 from .hunyuan_dit import HUNYUAN_DIT
 from .hunyuan_video import HUNYUAN_VIDEO
 from .ltx import LTX
@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
 # For whatever has a base class of this name, from the model's structure.
 KINDS = {"PreTrainedModel": encoder_recipe}
 
-__all__ = ["RECIPES", "Fold", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for"]
+__all__ = ["RECIPES", "Fold", "Recipe", "Rule", "Treatment", "general_recipe", "recipe_for", "repeated_blocks"]
 
 
 def recipe_for(model: nn.Module, rows: Mapping[str, float] | None = None) -> Recipe:

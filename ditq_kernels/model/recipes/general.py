@@ -27,8 +27,7 @@ def general_recipe(model: nn.Module, rows: Mapping[str, float] | None = None) ->
     Args:
         rows: rows per sample that layers are fed, by name, where that was seen; others are known by their names.
     """
-    inside = "|".join(_repeated_blocks(model)) or r"(?!)"  # (?!) matches nothing
-    inside = rf"(?:{inside})\."
+    inside = rf"(?:{_any_of(repeated_blocks(model))})\."
     rows = rows or {}
     one_row = _any_of(name for name, count in rows.items() if count <= 1)
     not_seen = rf"(?!(?:{_any_of(rows)})$)"
@@ -60,27 +59,22 @@ def general_recipe(model: nn.Module, rows: Mapping[str, float] | None = None) ->
 
 
 def _any_of(names: Iterable[str]) -> str:
-    return "|".join(map(re.escape, names)) or r"(?!)"
+    return "|".join(map(re.escape, names)) or r"(?!)"  # which matches nothing
 
 
-def _repeated_blocks(model: nn.Module) -> list[str]:
-    """Patterns of the blocks' names; containers within blocks add nothing new and are left out."""
-    patterns: list[str] = []
-    outermost: list[str] = []
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name to block, of every repeated block of ``model`` that is not within another."""
+    found: dict[str, nn.Module] = {}
     for name, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
-        if any(name.startswith(block + ".") or name == block for block in outermost):
+        if any(name.startswith(f"{block}.") or name == block for block in found):
             continue
         types = Counter(type(child) for child in container.children())
         # A bare Linear holds no linear layers: an MLP written as a Sequential is not a stack of blocks.
-        blocks = [
-            child_name
+        found |= {
+            f"{name}.{child_name}" if name else child_name: child
             for child_name, child in container.named_children()
             if types[type(child)] > 1 and any(isinstance(m, nn.Linear) for m in child.modules() if m is not child)
-        ]
-        prefix = f"{name}." if name else ""
-        outermost += [prefix + block for block in blocks]
-        if blocks:
-            patterns.append(re.escape(prefix) + f"(?:{'|'.join(re.escape(block) for block in blocks)})")
-    return patterns
+        }
+    return found
