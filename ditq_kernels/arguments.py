@@ -30,7 +30,14 @@ def seed(text: str) -> int:
 
 def step(text: str) -> int | float | str:
     """A step of a run: an index, a fraction, or all of them."""
-    return text if text == ALL_STEPS else int(text) if text.lstrip("-").isdecimal() else float(text)
+    if text == ALL_STEPS:
+        return text
+    try:
+        return int(text) if text.removeprefix("-").isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no step: an index, negative from the end, a fraction of the run, or {ALL_STEPS!r}"
+        ) from None
 
 
 def fraction(text: str) -> float:
@@ -46,7 +53,21 @@ def fraction(text: str) -> float:
 
 def clip(text: str) -> str | float:
     """How far ranges of groups are shrunk: a ratio, or "search"."""
-    return text if text == "search" else float(text)
+    try:
+        return text if text == "search" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a ratio in (0, 1] nor "search"') from None
+
+
+def number(text: str) -> float:
+    """Any finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def seconds(text: str) -> float:

@@ -29,6 +29,14 @@ def _say_error(error: BaseException) -> None:
     print(f"ditq: error: {message}", file=sys.stderr)
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from . import __version__
+
+        print(f"ditq_kernels {__version__}")
+        parser.exit()
+
+
 def _judge(model):
     """The embedded classifier for pictures that it knows."""
     from .demo.classifier import judge_of
@@ -43,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="DITQ_BACKEND=reference|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows the kernel that each "
         "product runs on, DITQ_DEBUG=1 shows tracebacks.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and stop")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run, help: str, example: str, device: bool = True) -> argparse.ArgumentParser:

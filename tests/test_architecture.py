@@ -84,11 +84,13 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
     "integrations": (
-        ("__init__", "config", "directories", "pictures", "patches"),
-        ("loading",),
+        ("__init__", "config", "pictures", "patches"),
+        ("directories", "loading"),
         ("quantizer", "transformers"),
         ("diffusers", "source"),
         ("sampling",),
+        ("samplers",),
+        ("quantizing",),
         ("command",),
     ),
     "analysis": (

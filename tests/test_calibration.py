@@ -400,3 +400,28 @@ def test_all_steps_are_one_long_step(tmp_path):
         calibrate(model, tiny_run(model, steps=4), "all", calls_per_step=3)
     with pytest.raises(TypeError, match="or \"all\", got 'most'"):
         calibrate(model, tiny_run(model), "most")
+
+
+def test_calibrations_of_several_runs_are_merged(tmp_path):
+    """As one calibration of a run that draws all of it at once, but for the order of sums."""
+    model = tiny_model()
+    inputs = [tiny_inputs(step) for step in range(3)]
+
+    def run(*chosen):
+        with torch.no_grad():
+            model(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in chosen), strict=True)))
+
+    together = calibrate(model, lambda: run(0, 1, 2), 0, moments=True)
+    merged = Calibration.merged([calibrate(model, lambda i=i: run(i), 0, moments=True) for i in range(3)])
+    assert merged.amax == pytest.approx(together.amax) and merged.tokens == together.tokens
+    assert merged.rows == together.rows and merged.step == 0
+    for name, moment in together.moments.items():
+        torch.testing.assert_close(merged.moments[name], moment)
+        assert torch.allclose(merged.channel_amax[name], together.channel_amax[name])
+    assert merged.moments["blocks.0.to_q"] is merged.moments["blocks.0.to_k"]
+    alone = calibrate(model, lambda: run(0), 0, moments=True)
+    assert Calibration.merged([alone]).amax == alone.amax
+    with pytest.raises(ValueError, match="moments of different layers"):
+        Calibration.merged([alone, calibrate(model, lambda: run(0), 0)])
+    with pytest.raises(ValueError, match="are not of one model"):
+        Calibration.merged([alone, Calibration("Other", {}, 0, 1, 1)])

@@ -284,7 +284,7 @@ def test_an_interrupt_has_its_own_exit_code(monkeypatch, capsys):
 
 def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
     from ditq_kernels import quantize
-    from ditq_kernels.integrations.source import save_quantized
+    from ditq_kernels.integrations.quantizing import write
 
     source = load_source(bare_model)
     quantize(source.transformer, "w8a8", progress=False)
@@ -294,7 +294,7 @@ def test_an_unfinished_save_leaves_nothing(bare_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        save_quantized(source, tmp_path / "out")
+        write(bare_model, tmp_path / "out", {"": source.transformer})
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,8 @@ from small_sources import digests, small_dit, small_pipeline
 
 import ditq_kernels as ditq
 from ditq_kernels.integrations import source as sources
-from ditq_kernels.integrations.source import Source, load_source, save_quantized
+from ditq_kernels.integrations.quantizing import write
+from ditq_kernels.integrations.source import Source, load_source
 from ditq_kernels.model.conversion import quantized_layers
 
 MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # as diffusers calls them
@@ -41,10 +42,11 @@ def pipeline(tmp_path) -> Path:
     return directory
 
 
-def quantized(directory: Path, scheme: str = "w8a8") -> Source:
+def write_quantized(directory: Path, out: Path) -> None:
+    """``out`` from the model or pipeline in ``directory``."""
     source = load_source(directory)
-    ditq.quantize(source.transformer, scheme, progress=False)
-    return source
+    ditq.quantize(source.transformer, "w8a8", progress=False)
+    write(directory, out, {"transformer" if source.is_pipeline else "": source.transformer})
 
 
 def test_a_bare_model_comes_with_its_scheduler_and_class_names(bare):
@@ -78,7 +80,7 @@ def test_weights_keep_the_dtype_in_which_they_are_stored(tmp_path, dtype):
 
 def test_everything_beside_a_pipelines_weights_is_kept(pipeline, tmp_path):
     before = digests(pipeline)
-    save_quantized(quantized(pipeline), tmp_path / "out")
+    write_quantized(pipeline, tmp_path / "out")
     after = digests(tmp_path / "out")
     model_files = {name for name in after if name.startswith("transformer/")}
     assert model_files == {f"transformer/{name}" for name in MODEL_FILES}
@@ -91,7 +93,7 @@ def test_everything_beside_a_pipelines_weights_is_kept(pipeline, tmp_path):
 
 def test_everything_beside_a_bare_models_weights_is_kept(bare, tmp_path):
     before = digests(bare)
-    save_quantized(quantized(bare), tmp_path / "out")
+    write_quantized(bare, tmp_path / "out")
     after = digests(tmp_path / "out")
     beside = ("scheduler/scheduler_config.json", sources.LABEL_FILE)
     assert after.keys() == {*MODEL_FILES, *beside}
@@ -101,28 +103,28 @@ def test_everything_beside_a_bare_models_weights_is_kept(bare, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bare", "pipeline"])
 def test_a_failure_at_the_last_moment_leaves_nothing(kind, request, tmp_path, monkeypatch):
-    source = quantized(request.getfixturevalue(kind))
+    directory = request.getfixturevalue(kind)
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_quantized(source, tmp_path / "out")
+        write_quantized(directory, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 def test_nothing_that_exists_is_written_over(bare, tmp_path):
     before = digests(tmp_path)
     with pytest.raises(FileExistsError, match="exists already; choose another"):
-        save_quantized(quantized(bare), bare)
+        write_quantized(bare, bare)
     assert digests(tmp_path) == before
 
 
 def test_a_pipeline_is_not_copied_into_itself(pipeline):
     before = digests(pipeline)
     with pytest.raises(ValueError, match="would stand inside"):
-        save_quantized(quantized(pipeline), pipeline / "vae" / "quantized")
+        write_quantized(pipeline, pipeline / "vae" / "quantized")
     assert digests(pipeline) == before
 
 

@@ -154,7 +154,9 @@ def add_commands(command: AddCommand, judge_of: Callable[[Any], Judge | None]) -
         "--samples", type=arguments.count, default=100, help="pictures of each (default: %(default)s)"
     )
     evaluate.add_argument("--steps", type=arguments.count, default=50, help="sampling steps (default: %(default)s)")
-    evaluate.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    evaluate.add_argument(
+        "--guidance", type=arguments.number, default=2.0, help="guidance scale (default: %(default)s)"
+    )
     evaluate.add_argument(
         "--batch", type=arguments.count, default=50, help="pictures drawn at once (default: %(default)s)"
     )

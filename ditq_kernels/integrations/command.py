@@ -1,13 +1,21 @@
-"""``ditq quantize`` and ``ditq generate`` on the command line. Imports at once only what their help needs."""
+"""``ditq quantize``, ``calibrate`` and ``generate`` on the command line. Imports at once only what their help needs."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import arguments
 from ..arguments import AddCommand
-from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP
+from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration
+
+if TYPE_CHECKING:
+    from .samplers import Sampler
+
+FRAMES = 8  # of a video that are shown
+STRIDE = 7919  # a prime: classes of calibration runs lie far apart
 
 
 def _refuse_existing(path: Path) -> None:
@@ -15,60 +23,151 @@ def _refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists already; choose another --out, or remove it")
 
 
-def _calibrate(source, args: argparse.Namespace, scheme):
-    """The calibration that ``args`` need, or None: static schemes and compensated rounding are the ones that need
-    it.
-    """
-    if not scheme.static and args.rounding != "compensated":
-        return None
-    from ..model.calibration import calibrate
-    from .sampling import default_scheduler, sample
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Those of --prompt and of the lines of --prompts."""
+    found = list(args.prompt or ())
+    if args.prompts is not None:
+        found += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"{args.prompts} holds no prompt; it takes one a line")
+    return found
 
-    config = source.transformer.config
-    if type(source.transformer).__name__ != "DiTTransformer2DModel":
-        raise ValueError(
-            f"this command can sample only DiTTransformer2DModel, which calibration needs, and {args.source} holds a "
-            f"{type(source.transformer).__name__}; calibrate it in Python with ditq.calibrate(model, run)"
-        )
-    labels = [(args.seed + i * 7919) % config.num_embeds_ada_norm for i in range(args.samples)]
+
+def _check_words(args: argparse.Namespace, path: Path, needed: bool = True) -> bool:
+    """Whether what is in ``path`` is sampled with prompts; ValueError if others are given than it takes."""
+    from .samplers import takes_prompts
+
+    prompted = takes_prompts(path)
+    given = bool(_prompts(args))
+    if prompted and not given:
+        raise ValueError(f"{path} is sampled with prompts; give --prompt, or --prompts with a file of one a line")
+    if prompted and getattr(args, "classes", None):
+        raise ValueError(f"{path} is sampled with prompts, and knows no --class")
+    if not prompted and given:
+        raise ValueError(f"{path} is sampled with classes, and reads no --prompt")
+    if not prompted and needed and not args.classes:
+        raise ValueError(f"{path} is sampled with classes; give --class")
+    return prompted
+
+
+def _sampler(args: argparse.Namespace, path: Path, prompted: bool, with_vae: bool) -> Sampler:
+    from .samplers import ClassSampler, Drawing, PromptSampler
+
+    guidance = args.guidance if args.guidance is not None or prompted else args.class_guidance
+    how = Drawing(args.steps, guidance, args.height, args.width, args.frames)
+    kind = PromptSampler if prompted else ClassSampler
+    return kind(path, how, arguments.device(args.device), with_vae)
+
+
+def _calibration_run(args: argparse.Namespace, sampler: Sampler, prompted: bool) -> tuple[list[Any], list[int]]:
+    """(subjects, seeds) of the pictures that calibrate."""
     seeds = [args.seed + i for i in range(args.samples)]
-    scheduler = source.scheduler or default_scheduler()
+    if prompted:
+        prompts = _prompts(args)
+        return [prompts[i % len(prompts)] for i in range(args.samples)], seeds
+    (model,) = sampler.denoisers().values()
+    return [(args.seed + i * STRIDE) % model.config.num_embeds_ada_norm for i in range(args.samples)], seeds
 
-    def run() -> None:
-        sample(source.transformer, scheduler, labels, seeds, steps=args.steps, guidance=args.guidance)
 
-    return calibrate(source.transformer, run, args.step, moments=args.rounding == "compensated")
+def _calibrated(args: argparse.Namespace, sampler: Sampler, prompted: bool, moments: bool) -> dict[str, Calibration]:
+    """Of each denoiser, from one step of each run."""
+    from tqdm import tqdm
+
+    from ..model.calibration import Calibration, calibrate
+
+    runs = sampler.runs(*_calibration_run(args, sampler, prompted))
+    calibrated = {}
+    for name, model in sampler.denoisers().items():
+        found: list[Calibration] = []
+        for run in tqdm(runs, desc="calibrate", unit="run", leave=False, disable=len(runs) == 1):
+            step = found[0].step if found and found[0].step is not None else args.step  # counted once
+            found.append(calibrate(model, run, step, moments=moments))
+        calibrated[name] = Calibration.merged(found)
+    return calibrated
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already; choose another --out, or remove it")
+    from .directories import local
+    from .quantizing import model_directories
+
+    path = local(args.source)
+    model_directories(path)
+    prompted = _check_words(args, path, needed=False)
+    sampler = _sampler(args, path, prompted, with_vae=False)
+    names = list(sampler.denoisers())
+    if len(names) > 1:
+        args.out.mkdir(parents=True)
+    for name, calibration in _calibrated(args, sampler, prompted, args.moments).items():
+        file = args.out / f"{name}.safetensors" if len(names) > 1 else args.out
+        file.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(file)
+        print(f"{file}: {len(calibration.amax)} layers of {calibration.model}, step {calibration.step}")
+    return 0
+
+
+def _stored_calibrations(path: Path, denoisers: Sequence[str]) -> dict[str, Calibration]:
+    """What ``ditq calibrate`` wrote to ``path``: a file, or one for each denoiser in a directory."""
+    if path.is_dir():
+        return {name: Calibration.load(path / f"{name}.safetensors") for name in denoisers}
+    if len(denoisers) > 1:
+        raise ValueError(
+            f"{path} is one calibration, and there are {', '.join(denoisers)}; give ditq calibrate's folder"
+        )
+    return {denoisers[0]: Calibration.load(path)}
 
 
 def _quantize(args: argparse.Namespace) -> int:
     from ..layer.formats import Scheme
-    from ..model.conversion import check_unquantized, plan, quantize, quantized_layers
+    from ..model.conversion import check, convert
+    from ..model.pipelines import is_denoiser
 
     scheme = Scheme.parse(args.scheme)
     if not args.plan_only:
         if args.out is None:
             raise ValueError("--out is needed: the directory to write the quantized model to (or --plan-only)")
         _refuse_existing(args.out)
-    from .source import check_target, load_source, save_quantized
+    from ..layer.quantizer import check_clip
 
-    source = load_source(args.source, device=arguments.device(args.device))
-    check_unquantized(source.transformer, scheme.name)
-    chosen = plan(source.transformer, scheme)
-    print(chosen)
+    check_clip(args.clip)
+    moments = args.rounding == "compensated"
+    from .directories import load_model, local
+    from .quantizing import check_target, model_directories, plans_of, write
+
+    path = local(args.source)
+    directories = model_directories(path, args.components)
+    denoisers = [name for name in directories if is_denoiser(name)]
+    needed = bool(denoisers) and (scheme.static or moments)
+    runs = needed and args.calibration is None and not args.plan_only
+    prompted = _check_words(args, path, needed=False) if runs else False
+    stored = _stored_calibrations(args.calibration, denoisers) if args.calibration is not None else {}
+    plans = plans_of(directories, scheme, stored)
+    for name, chosen in plans.items():
+        print(f"{name}: {chosen}" if name else chosen)
     if args.plan_only:
         return 0
-    check_target(source, args.out)
-    calibration = _calibrate(source, args, scheme)
-    quantize(source.transformer, chosen, calibration, rounding=args.rounding, clip=args.clip)
-    layers = quantized_layers(source.transformer).values()
-    save_quantized(source, args.out)
-    stored = sum(layer.nbytes for layer in layers)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    print(
-        f"{args.out}: {len(layers)} layers quantized, {weights / 1e6:.1f} M weights in {stored / 1e6:.1f} MB "
-        f"({8 * stored / weights:.2f} bits per weight; in 16 bits they take {2 * weights / 1e6:.1f} MB)"
-    )
+    check_target(path, args.out)
+    models: dict[str, Any] = dict(plans)
+    if needed:
+        sampler = _sampler(args, path, prompted, with_vae=False) if runs else None
+        found = _calibrated(args, sampler, prompted, moments) if sampler else stored
+        for name in denoisers:
+            model = sampler.denoisers()[name] if sampler else load_model(path / name)
+            check(model, plans[name], found[name], args.rounding, args.clip)
+            models[name] = convert(model, plans[name], found[name], args.rounding, clip=args.clip, progress=True)
+    write(path, args.out, models, args.clip)
+    _say_sizes(args.out, plans)
     return 0
+
+
+def _say_sizes(out: Path, plans: dict[str, Any]) -> None:
+    entries = [entry for chosen in plans.values() for entry in chosen.quantized()]
+    weights, bits = sum(entry.weights for entry in entries), sum(entry.stored_bits for entry in entries)
+    print(
+        f"{out}: {len(entries)} layers quantized, {weights / 1e6:.1f} M weights in {bits / 8e6:.1f} MB "
+        f"({bits / weights:.2f} bits per weight; in 16 bits they take {2 * weights / 1e6:.1f} MB)"
+    )
 
 
 def _class_index(name: str, labels: dict[str, int], classes: int) -> int:
@@ -84,50 +183,95 @@ def _class_index(name: str, labels: dict[str, int], classes: int) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .sampling import default_scheduler, sample, save_grid
-    from .source import load_source
-
     if args.out.is_dir():
         raise IsADirectoryError(f"--out {args.out} is a directory; name a PNG file")
-    source = load_source(args.directory, device=arguments.device(args.device), with_vae=True)
-    config = source.transformer.config
-    if type(source.transformer).__name__ != "DiTTransformer2DModel":
-        raise ValueError(f"generate samples only DiTTransformer2DModel, and {args.directory} holds another model")
-    source.check_decodable()
-    labels = [_class_index(name, source.labels, config.num_embeds_ada_norm) for name in args.classes]
-    pairs = [(label, seed) for seed in args.seed for label in labels]
-    samples = sample(
-        source.transformer,
-        source.scheduler or default_scheduler(),
-        [label for label, _ in pairs],
-        [seed for _, seed in pairs],
-        steps=args.steps,
-        guidance=args.guidance,
-    )
-    save_grid(source.decode(samples), len(labels), args.out)
-    print(f"{args.out}: {len(pairs)} pictures")
+    from .directories import local
+
+    path = local(args.source)
+    prompted = _check_words(args, path)
+    from .sampling import save_grid
+
+    sampler = _sampler(args, path, prompted, with_vae=True)
+    if prompted:
+        subjects: list[Any] = _prompts(args)
+    else:
+        (model,) = sampler.denoisers().values()
+        subjects = [
+            _class_index(name, sampler.source.labels, model.config.num_embeds_ada_norm) for name in args.classes
+        ]
+    pairs = [(subject, seed) for seed in args.seed for subject in subjects]
+    drawn = sampler.draw([subject for subject, _ in pairs], [seed for _, seed in pairs])
+    save_grid(*_rows(drawn, len(subjects)), args.out)
+    kind = "videos, a row of frames each" if len(drawn[0]) > 1 else "pictures"
+    print(f"{args.out}: {len(pairs)} {kind}")
     return 0
 
 
-def _sampling_options(parser: argparse.ArgumentParser, guidance: float) -> None:
+def _rows(drawn: list[Any], columns: int) -> tuple[Any, int]:
+    """Pictures for a grid, and its columns: a row for each seed; of a video a row, of frames over all its time."""
+    import torch
+
+    count = len(drawn[0])
+    if count == 1:
+        return torch.cat(drawn), columns
+    shown = torch.linspace(0, count - 1, min(count, FRAMES)).round().long()
+    return torch.cat([frames[shown] for frames in drawn]), len(shown)
+
+
+def _sampling_options(parser: argparse.ArgumentParser, class_guidance: float) -> None:
+    parser.set_defaults(class_guidance=class_guidance)
+    parser.add_argument("--prompt", nargs="+", metavar="PROMPT", help="what to draw, for pipelines that read prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
     parser.add_argument("--steps", type=arguments.count, default=50, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale (default: %(default)s)")
+    parser.add_argument(
+        "--guidance",
+        type=arguments.number,
+        help=f"guidance scale (default: the pipeline's own, {class_guidance} of classes)",
+    )
+    parser.add_argument("--height", type=arguments.count, help="of pictures in pixels (default: the pipeline's own)")
+    parser.add_argument("--width", type=arguments.count, help="the same")
+    parser.add_argument("--frames", type=arguments.count, help="of videos (default: the pipeline's own number)")
+
+
+def _calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step",
+        type=arguments.step,
+        default=DEFAULT_STEP,
+        help='the step to calibrate on: index, fraction, or "all" (default: %(default)s)',
+    )
+    parser.add_argument(
+        "--samples",
+        type=arguments.count,
+        default=DEFAULT_PICTURES,
+        help="pictures in the calibration run, of prompts or classes in turn (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the calibration run (default: %(default)s)")
+    _sampling_options(parser, 4.0)
 
 
 def add_commands(command: AddCommand) -> None:
-    """Add both commands by ``command(name, run, help, examples)``."""
+    """Add the commands by ``command(name, run, help, examples)``."""
+    source = "directory of a model or pipeline, or a hub name (owner/name)"
     quantize = command(
         "quantize",
         _quantize,
         "quantize a diffusers model or pipeline and save it",
         "  ditq quantize ./DiT-XL-2-256 --scheme w8a8 --out ./dit-w8a8\n"
-        "  ditq quantize ./DiT-XL-2-256 --scheme w4a8_g128 --rounding compensated --out ./dit-w4a8\n"
+        "  ditq quantize ./FLUX.1-dev --scheme w4a8_g128 --out ./flux-w4a8\n"
+        "  ditq quantize ./FLUX.1-dev --scheme w4a8_g128 --rounding compensated --prompts prompts.txt --out ./flux-w4\n"
         "  ditq quantize facebook/DiT-XL-2-256 --scheme w4a16_g128 --plan-only",
     )
-    quantize.add_argument("source", metavar="SRC", help="directory of a model or pipeline, or a hub name (owner/name)")
+    quantize.add_argument("source", metavar="SRC", help=source)
     quantize.add_argument("--scheme", required=True, help="w8a8, w8a8_static, w4a8_g128, w4a16_g128 ...")
     quantize.add_argument("--out", type=Path, help="directory to write; must not exist")
     quantize.add_argument("--plan-only", action="store_true", help="print what would be done to each layer, and stop")
+    quantize.add_argument(
+        "--components",
+        nargs="+",
+        metavar="NAME",
+        help="of a pipeline, what is quantized (default: transformers, and text encoders in their weights)",
+    )
     quantize.add_argument(
         "--rounding",
         choices=("nearest", "compensated"),
@@ -136,31 +280,34 @@ def add_commands(command: AddCommand) -> None:
     )
     quantize.add_argument("--clip", type=arguments.clip, help='shrink group ranges: a ratio in (0, 1], or "search"')
     quantize.add_argument(
-        "--step",
-        type=arguments.step,
-        default=DEFAULT_STEP,
-        help='the step to calibrate on: index, fraction, or "all" (default: %(default)s)',
+        "--calibration", type=Path, metavar="FILE", help="what ditq calibrate wrote, in place of a run of its own"
     )
-    quantize.add_argument(
-        "--samples",
-        type=arguments.count,
-        default=DEFAULT_PICTURES,
-        help="pictures in the calibration run (default: %(default)s)",
+    _calibration_options(quantize)
+
+    calibrate = command(
+        "calibrate",
+        _calibrate,
+        "observe one step of a sampling run, for static schemes and compensated rounding",
+        "  ditq calibrate ./FLUX.1-dev --prompts prompts.txt --moments --out flux.safetensors\n"
+        "  ditq quantize ./FLUX.1-dev --scheme w8a8_static --calibration flux.safetensors --out ./flux-w8a8",
     )
-    quantize.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of the calibration run (default: %(default)s)"
+    calibrate.add_argument("source", metavar="SRC", help=source)
+    calibrate.add_argument(
+        "--out", type=Path, required=True, help="file to write; a folder of several denoisers' files"
     )
-    _sampling_options(quantize, 4.0)
+    calibrate.add_argument("--moments", action="store_true", help="also second moments, for compensated rounding")
+    _calibration_options(calibrate)
 
     generate = command(
         "generate",
         _generate,
-        "draw pictures with a quantized or original class-conditional DiT",
+        "draw pictures or videos with a quantized or original model or pipeline",
         "  ditq generate ./dit-w8a8 --class 207 360 --seed 0 1 --out dogs-and-otters.png\n"
+        '  ditq generate ./flux-w4a8 --prompt "an otter at a desk" "a fox" --steps 28 --out pictures.png\n'
         "  ditq generate ./fashion-w4 --class sneaker bag --seed 3 --out pictures.png",
     )
-    generate.add_argument("directory", metavar="DIR", help="what ditq quantize wrote, or a diffusers model or pipeline")
-    generate.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or indices")
+    generate.add_argument("source", metavar="DIR", help="what ditq quantize wrote, or a diffusers model or pipeline")
+    generate.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="names or indices of classes")
     generate.add_argument(
         "--seed", type=arguments.seed, nargs="+", default=[0], help="one row of pictures per seed (default: 0)"
     )

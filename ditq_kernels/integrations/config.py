@@ -16,6 +16,7 @@ from torch import nn
 from ..checkpoint.manifest import LayerRecord
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
+from ..layer.quantizer import check_clip
 from ..model.conversion import quantized_layers
 from ..model.planning import Plan
 
@@ -33,6 +34,7 @@ class DitqConfig:
         scheme: a scheme or its name; ignored where there is a plan, and for a model that is stored quantized.
         modules_to_not_convert: names of modules, or fnmatch patterns of layers' names, that stay in 16 bits.
         plan: a :class:`ditq_kernels.Plan` of the model, or its dict, in place of the scheme's own.
+        clip: see :func:`ditq_kernels.layer.quantizer.quantize_weight`.
         dtype: name of the dtype of what is not quantized, in a stored model.
         layers: of a model that is stored quantized, how each quantized layer is stored
             (:class:`ditq_kernels.checkpoint.manifest.LayerRecord`, as a dict).
@@ -47,6 +49,7 @@ class DitqConfig:
         scheme: str | Scheme = "w4a8_g128",
         modules_to_not_convert: Collection[str] | None = None,
         plan: Plan | Mapping[str, Any] | None = None,
+        clip: float | str | None = None,
         dtype: str | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
         **_: Any,
@@ -55,6 +58,8 @@ class DitqConfig:
         self.scheme = Scheme.parse(scheme).name
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_dict(dict(plan))
+        check_clip(clip)
+        self.clip = clip
         self.dtype = dtype
         self.layers = layers
         self._model: weakref.ref[nn.Module] | None = None  # a model may be cast before it is saved

@@ -20,6 +20,7 @@ from ..checkpoint import store
 from ..checkpoint.adapters import load_adapters
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..model.hosts import HOSTS
+from .config import DitqConfig
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -115,13 +116,27 @@ def class_of(directory: Path) -> type[nn.Module]:
     return cls
 
 
-def load_model(directory: Path) -> nn.Module:
-    """The model in ``directory``, in eval mode; ValueError if there is none that can be loaded."""
+def skeleton(directory: Path) -> nn.Module:
+    """The model in ``directory`` on the meta device, which costs no memory: its layers and no weights."""
+    cls = class_of(directory)
+    with torch.device("meta"):
+        if hasattr(cls, "from_config"):
+            return cls.from_config(cls.load_config(str(directory)))
+        return cls(cls.config_class.from_pretrained(str(directory)))
+
+
+def load_model(directory: Path, quantization: DitqConfig | None = None) -> nn.Module:
+    """The model in ``directory``, in eval mode, quantized while it is loaded where ``quantization`` says how.
+
+    Raises:
+        ValueError: if there is none that can be loaded.
+    """
     if (directory / MANIFEST_FILE).exists():
         return store.load(directory)
     cls = class_of(directory)
+    how = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model = cls.from_pretrained(str(directory), use_safetensors=True, dtype=stored_dtype(directory))
+        model = cls.from_pretrained(str(directory), use_safetensors=True, dtype=stored_dtype(directory), **how)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory} could not be loaded as a {cls.__name__}: {first_line(error)}") from None
     load_adapters(model, directory)

@@ -74,7 +74,12 @@ class Loading:
         owner = parameter.rpartition(".")[0]
         layer = model.get_submodule(owner)
         layer.weight = nn.Parameter(weight, requires_grad=False)
-        replace_module(model, layer, QuantLinear.from_linear(layer, self._schemes.pop(owner)))
+        try:
+            quantized = QuantLinear.from_linear(layer, self._schemes.pop(owner), clip=self.config.clip)
+        except ValueError as error:
+            self._bar.close()
+            raise ValueError(f"{owner} cannot be quantized: {error}") from None
+        replace_module(model, layer, quantized)
         self._bar.update()
 
     def end(self, model: nn.Module) -> None:

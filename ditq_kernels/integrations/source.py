@@ -1,9 +1,8 @@
-"""What the command line quantizes and samples from: a model in a directory, and what stands beside it."""
+"""A class-conditional model in a directory, to sample from, and what stands beside it."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from ..checkpoint import store
 from ..checkpoint.manifest import MANIFEST_FILE
-from ..files import written_whole
 from .directories import CONFIG_FILE, PIPELINE_FILE, load_model, local, read_json
 
 PICTURE_CHANNELS = (1, 3)  # a model of other than these samples latents
@@ -22,7 +19,7 @@ LABEL_FILE = "class_names.json"  # beside a bare model: a JSON list of its class
 
 @dataclass
 class Source:
-    """A model to quantize or sample from, and what stands beside it.
+    """A model to sample from, and what stands beside it.
 
     Attributes:
         path: the directory that it was loaded from.
@@ -101,34 +98,3 @@ def load_source(
     transformer = load_model(path / "transformer" if is_pipeline else path)
     transformer = transformer.to(device) if device is not None else transformer
     return Source(path, transformer, _load_scheduler(path / "scheduler"), vae, is_pipeline, labels)
-
-
-def check_target(source: Source, directory: Path) -> None:
-    """Raise unless :func:`save_quantized` may write ``directory``: it must be new, and not inside a pipeline's."""
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
-    if source.is_pipeline and source.path.resolve() in directory.resolve().parents:
-        raise ValueError(f"{directory} would stand inside {source.path}, which is copied; choose one outside it")
-
-
-def save_quantized(source: Source, directory: str | os.PathLike) -> None:
-    """Write the quantized ``source.transformer`` to ``directory`` with everything that stood beside the original.
-
-    The directory appears whole or not at all.
-
-    Raises:
-        FileExistsError: if ``directory`` exists.
-        ValueError: if it would stand inside the pipeline's directory.
-    """
-    directory = Path(directory)
-    check_target(source, directory)
-    with written_whole(directory) as unfinished:
-        if source.is_pipeline:
-            shutil.copytree(source.path, unfinished, ignore=lambda _, names: {"transformer"} & set(names))
-            store.save(source.transformer, unfinished / "transformer")
-        else:
-            store.save(source.transformer, unfinished)
-            if (source.path / "scheduler").is_dir():
-                shutil.copytree(source.path / "scheduler", unfinished / "scheduler")
-            if (source.path / LABEL_FILE).exists():
-                shutil.copy2(source.path / LABEL_FILE, unfinished)

@@ -220,6 +220,12 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     )
 
 
+def check_clip(clip: float | str | None) -> None:
+    """Raise ValueError unless ``clip`` is what :func:`quantize_weight` takes."""
+    if not (clip is None or clip == "search" or (isinstance(clip, (int, float)) and 0 < clip <= 1)):
+        raise ValueError(f'clip must be None, "search", or a ratio in (0, 1], got {clip!r}')
+
+
 def _check(
     w: torch.Tensor, fmt: WeightFormat, moment: torch.Tensor | None, clip: float | str | None, zero_point: str
 ) -> None:
@@ -230,8 +236,7 @@ def _check(
             f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per "
             "output channel)"
         )
-    if not (clip is None or clip == "search" or (isinstance(clip, (int, float)) and 0 < clip <= 1)):
-        raise ValueError(f'clip must be None, "search", or a ratio in (0, 1], got {clip!r}')
+    check_clip(clip)
     if zero_point not in ZERO_POINT_RULES:
         raise ValueError(f"unknown zero_point {zero_point!r}; allowed: {', '.join(ZERO_POINT_RULES)}")
     if moment is not None:

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from pathlib import Path
@@ -57,6 +57,39 @@ class Calibration:
     tokens: dict[str, int] = field(default_factory=dict)
     channel_amax: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, calibrations: Sequence[Calibration]) -> Calibration:
+        """One of all, taken on the same step of several runs: the largest ranges, the sums of moments and tokens.
+
+        Raises:
+            ValueError: if there are none, or they are of different models or layers.
+        """
+        first, *others = calibrations
+        merged = replace(
+            first,
+            **{name: dict(getattr(first, name)) for name in ("amax", "moments", "tokens", "channel_amax", "rows")},
+        )
+        for other in others:
+            if (other.model, other.in_features) != (first.model, first.in_features):
+                raise ValueError(f"calibrations of {first.model} and {other.model} are not of one model")
+            if other.moments.keys() != first.moments.keys():
+                raise ValueError("calibrations have second moments of different layers")
+            merged.calls_per_step = max(merged.calls_per_step, other.calls_per_step)
+            sums: dict[tuple[int, int], torch.Tensor] = {}  # layers fed the same input go on sharing a tensor
+            for name, moment in other.moments.items():
+                key = id(merged.moments[name]), id(moment)
+                if key not in sums:
+                    sums[key] = merged.moments[name] + moment
+                merged.moments[name] = sums[key]
+            for name, count in other.tokens.items():
+                merged.tokens[name] = merged.tokens.get(name, 0) + count
+            for mine, theirs in ((merged.amax, other.amax), (merged.rows, other.rows)):
+                for name, value in theirs.items():
+                    mine[name] = max(mine.get(name, value), value)
+            for name, channels in other.channel_amax.items():
+                merged.channel_amax[name] = torch.maximum(merged.channel_amax.get(name, channels), channels)
+        return merged
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from ..layer.formats import WEIGHT_FORMATS, Scheme
+from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
-from ..layer.quantizer import quantize_weight
+from ..layer.quantizer import check_clip
 from . import hosts
 from .calibration import Calibration
 from .observation import linear_layers
@@ -84,18 +84,21 @@ def convert(
     """:func:`quantize` of what :func:`check` has found right."""
     from tqdm.auto import tqdm
 
-    for entry in tqdm(chosen.quantized(), desc="quantize", unit="layer", leave=False, disable=not progress):
-        scheme = Scheme.parse(entry.scheme)
-        layer = model.get_submodule(entry.name)
-        quantized = QuantLinear.from_linear(
-            layer,
-            scheme,
-            input_amax=calibration.amax[entry.name] if scheme.static else None,
-            input_moment=calibration.moments[entry.name] if rounding == "compensated" else None,
-            clip=clip,
-        )
-        replace_module(model, layer, quantized)
-    hosts.tell(model)
+    try:
+        for entry in tqdm(chosen.quantized(), desc="quantize", unit="layer", leave=False, disable=not progress):
+            scheme = Scheme.parse(entry.scheme)
+            layer = model.get_submodule(entry.name)
+            quantized = QuantLinear.from_linear(
+                layer,
+                scheme,
+                input_amax=calibration.amax[entry.name] if scheme.static else None,
+                input_moment=calibration.moments[entry.name] if rounding == "compensated" else None,
+                clip=clip,
+            )
+            replace_module(model, layer, quantized)
+    finally:  # interrupted, it is quantized as far as it is, and must not be stored as if it were not
+        if quantized_layers(model):
+            hosts.tell(model)
     return model
 
 
@@ -132,7 +135,7 @@ def _check_request(model: nn.Module, calibration: Calibration | None, rounding: 
         raise ValueError(
             'rounding="compensated" needs second moments: calibration=ditq.calibrate(model, run, moments=True)'
         )
-    quantize_weight(torch.zeros(1, 1), WEIGHT_FORMATS["w8"], clip=clip)  # the quantizer's own rule for clip
+    check_clip(clip)
 
 
 def check_plan(model: nn.Module, chosen: Plan) -> None:

@@ -102,7 +102,7 @@ def plan(
     calibrations = _by_component(calibration, models)
     return PipelinePlan(
         {
-            name: planning.plan(one, _scheme_of(name, scheme), calibration=calibrations.get(name), **options)
+            name: planning.plan(one, scheme_of(name, scheme), calibration=calibrations.get(name), **options)
             for name, one in models.items()
         }
     )
@@ -143,7 +143,7 @@ def quantize(
     else:
         models = models_of(model, components)
         for name, one in models.items():
-            conversion.check_unquantized(one, str(_scheme_of(name, scheme_or_plan)))
+            conversion.check_unquantized(one, str(scheme_of(name, scheme_or_plan)))
         chosen = plan(model, scheme_or_plan, calibration=calibration, components=components)
     calibrations = _by_component(calibration, models)
     requests = []
@@ -156,8 +156,13 @@ def quantize(
     return model
 
 
-def _scheme_of(component: str, scheme: str | Scheme) -> Scheme:
-    # Encoders are quantized in their weights only: a static scheme would ask for a calibration in vain.
+def is_denoiser(component: str) -> bool:
+    """Whether the component of this name samples; a model that stands alone, "", does."""
+    return not component or re.fullmatch(DENOISER, component) is not None
+
+
+def scheme_of(component: str, scheme: str | Scheme) -> Scheme:
+    """What ``scheme`` is for a component: encoders are quantized in their weights only, and need no calibration."""
     scheme = Scheme.parse(scheme)
     return scheme.weight_only if re.fullmatch(ENCODER, component) else scheme
 
