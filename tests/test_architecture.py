@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # stand at the top level ("") each by itself, because kernels/ stands among them.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("files", "progress", "revision"),
+        ("files", "memory", "progress", "revision"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
         ("layer/packing", "layer/packed_weight"),
         ("layer/quantizer", "layer/reference", "layer/extension"),

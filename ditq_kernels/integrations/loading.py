@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint.manifest import LayerRecord
 from ..layer.linear import QuantLinear
+from ..memory import return_freed
 from ..model.conversion import check_plan, replace_module
 from ..model.observation import linear_layers
 from ..model.planning import plan
@@ -80,6 +81,8 @@ class Loading:
             self._bar.close()
             raise ValueError(f"{owner} cannot be quantized: {error}") from None
         replace_module(model, layer, quantized)
+        del layer, weight
+        return_freed()
         self._bar.update()
 
     def end(self, model: nn.Module) -> None:

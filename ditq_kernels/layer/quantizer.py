@@ -35,6 +35,24 @@ class QuantizedWeight:
     multiplier: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
 
+    def of_rows(self, rows: int) -> QuantizedWeight:
+        """Room for as many rows of such a weight."""
+        others = (self.scale, self.multiplier, self.zero_point)
+        return QuantizedWeight(
+            self.codes.new_empty(rows, self.codes.shape[1]),
+            *(None if part is None else part.new_empty(*part.shape[:-1], rows) for part in others),
+        )
+
+    def fill(self, start: int, part: QuantizedWeight) -> None:
+        """Put the rows of ``part`` where ``start`` is the first of them."""
+        stop = start + len(part.codes)
+        self.codes[start:stop] = part.codes
+        for mine, theirs in zip(
+            (self.scale, self.multiplier, self.zero_point), (part.scale, part.multiplier, part.zero_point), strict=True
+        ):
+            if mine is not None:
+                mine[..., start:stop] = theirs
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -268,22 +286,18 @@ def quantize_weight(
         ValueError: for weights that are not finite, a group larger than K, or a moment of the wrong shape.
     """
     _check(weight, fmt, input_moment, clip, zero_point)
-    rows = max(1, CHUNK[weight.device.type == "cuda"] // weight.shape[1])
-    parts = [
-        _quantize_rows(chunk.to(torch.float32), fmt, input_moment, clip, zero_point)
-        # Rows are quantized each by itself; error compensation does more for all of them than for each.
-        for chunk in weight.detach().split(rows if input_moment is None else max(1, len(weight)))
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts], -1),
-        *(
-            torch.cat([getattr(part, name) for part in parts], -1) if fmt.two_level else None
-            for name in ("multiplier", "zero_point")
-        ),
-    )
+    # Rows are quantized each by itself; error compensation does more for all of them than for each.
+    rows = len(weight) if input_moment is not None else max(1, CHUNK[weight.device.type == "cuda"] // weight.shape[1])
+    whole: QuantizedWeight | None = None
+    for start in range(0, len(weight), max(rows, 1)):
+        chunk = weight.detach()[start : start + rows].to(torch.float32)
+        part = _quantize_rows(chunk, fmt, input_moment, clip, zero_point)
+        if len(chunk) == len(weight):
+            return part
+        if whole is None:  # at once, and not joined from parts in the end: that would leave holes in memory
+            whole = part.of_rows(len(weight))
+        whole.fill(start, part)
+    return whole
 
 
 def _quantize_rows(

@@ -10,6 +10,7 @@ from torch import nn
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
 from ..layer.quantizer import check_clip
+from ..memory import return_freed
 from . import hosts
 from .calibration import Calibration
 from .observation import linear_layers
@@ -96,6 +97,8 @@ def convert(
                 clip=clip,
             )
             replace_module(model, layer, quantized)
+            del layer
+            return_freed()
     finally:  # interrupted, it is quantized as far as it is, and must not be stored as if it were not
         if quantized_layers(model):
             hosts.tell(model)
