@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean gpu execute
+.PHONY: demo test test-oldest lint format clean gpu execute
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
 # Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
@@ -22,6 +22,19 @@ demo: $(READY)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# What a user meets first, in the oldest versions that pyproject.toml allows (PyTorch's own build, with CUDA: gigabytes).
+OLDEST := $(VENV)-oldest
+SMOKE := $(addprefix tests/test_,quantizer.py packing.py linear.py adapters.py checkpoint.py calibration.py conversion.py \
+	pipelines.py diffusers_quantizer.py transformers_quantizer.py diffusers_patches.py)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -q $(SMOKE)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	DITQ_BUILD_CUDA=0 $(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile \
+		--constraint constraints-oldest.txt --editable '.[adapters]' pytest pytest-benchmark
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

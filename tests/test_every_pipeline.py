@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -234,3 +235,21 @@ def test_its_blocks_compile_whole_and_once(entry):
 def test_plain_models_take_as_many_graphs(name):
     entry = next(entry for entry in PIPELINES if entry.name == name)
     assert graphs_of(entry.build(0), entry) == GRAPHS[name]
+
+
+@pytest.mark.parametrize(("name", "other"), [("flux", "FluxImg2ImgPipeline"), ("wan", "WanVideoToVideoPipeline")])
+def test_another_pipeline_made_from_it_shares_its_layers(name, other):
+    """``from_pipe`` casts what both share, as it does for plain models; codes and scales stay."""
+    entry = next(entry for entry in PIPELINES if entry.name == name)
+    pipe = quantized(entry)
+    pipe.to(torch.bfloat16)
+    kept = [part for part in stored(pipe.transformer) if part.dtype != torch.bfloat16]
+    made = getattr(diffusers, other).from_pipe(pipe)
+    assert made.transformer is pipe.transformer
+    dtypes = {layer.dtype for layer in quantized_layers(pipe.transformer).values()}
+    assert dtypes == {next(p.dtype for p in pipe.vae.parameters())} == {torch.float32}
+    names = ("qweight", "scale", "group_code")
+    layers = quantized_layers(pipe.transformer).values()
+    after = [getattr(layer, part) for layer in layers for part in names if getattr(layer, part) is not None]
+    assert equal(after, kept)
+    assert entry.draw(pipe, 1, latent=True).isfinite().all()
