@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-WITHOUT = ("diffusers", "accelerate", "torchmetrics", "matplotlib", "jinja2")
+WITHOUT = ("diffusers", "accelerate", "transformers", "tokenizers", "peft", "torchmetrics", "matplotlib", "jinja2")
 # Python imports it first of all.
 SITE = f"""
 import sys

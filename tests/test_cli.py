@@ -61,17 +61,20 @@ QUICK = ("--steps", 4, "--samples", 2)
         ("w4a16_g32", ("--clip", "search")),
     ],
 )
-def test_quantize_then_generate_in_a_fresh_process_gives_the_same_bits(scheme, extra, bare_model, tmp_path, capsys):
+def test_quantize_then_generate(scheme, extra, bare_model, tmp_path, capsys):
     out = tmp_path / "quantized"
     code, printed, _ = ditq("quantize", bare_model, "--scheme", scheme, "--out", out, *QUICK, *extra, capsys=capsys)
     assert code == 0 and "bits per weight" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized"]
     arguments = ("generate", out, "--class", "thing-3", "7", "--seed", 1, 2, "--steps", 3, "--out")
     assert ditq(*arguments, tmp_path / "here.png", capsys=capsys)[0] == 0
+    here = np.asarray(Image.open(tmp_path / "here.png"))
+    assert here.shape == (16, 16)
+    if extra:  # one scheme is enough to see that another process draws the same bits
+        return
     command = [sys.executable, "-m", "ditq_kernels", *map(str, arguments), str(tmp_path / "there.png")]
     subprocess.run(command, check=True, capture_output=True)
-    here, there = (np.asarray(Image.open(tmp_path / name)) for name in ("here.png", "there.png"))
-    assert here.shape == (16, 16) and np.array_equal(here, there)
+    assert np.array_equal(here, np.asarray(Image.open(tmp_path / "there.png")))
 
 
 def test_quantize_and_generate_give_what_the_library_gives(bare_model, tmp_path, capsys):

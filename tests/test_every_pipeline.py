@@ -116,11 +116,11 @@ def test_each_quantized_layer_shows_in_the_picture(entry, monkeypatch):
     assert torch.equal(entry.draw(pipe, 1, latent=True), before)
 
 
-def save_adapter(pipe, directory):
+def save_adapter(pipe, directory, seed=5, **options):
     """One over all attention layers, as diffusers saves it."""
     model = copy.deepcopy(pipe.transformer)
-    torch.manual_seed(5)
-    model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=False), adapter_name="x")
+    torch.manual_seed(seed)
+    model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=False, **options), adapter_name="x")
     pipe.save_lora_weights(directory, transformer_lora_layers=get_peft_model_state_dict(model, adapter_name="x"))
 
 
@@ -163,6 +163,33 @@ def test_an_adapter_is_loaded_fused_and_taken_out(entry, tmp_path):
     assert distance(entry.draw(pipe, 1, latent=True), beside) < 1e-4
     pipe.unload_lora_weights()
     assert distance(entry.draw(pipe, 1, latent=True), without) < 1e-4
+
+
+@pytest.mark.parametrize("entry", [e for e in PIPELINES if e.name in ("flux", "wan")], ids=lambda entry: entry.name)
+def test_several_adapters_are_mixed_and_swapped(entry, tmp_path):
+    """Each step draws what a plain pipeline of the decoded weights draws."""
+    pipe, plain = entry.build(0), entry.build(0)
+    for seed in (5, 6):
+        save_adapter(pipe, tmp_path / str(seed), seed)
+    save_adapter(pipe, tmp_path / "dora", 7, use_dora=True)
+    ditq.quantize(pipe, "w4a16_g32", components="transformer", progress=False)
+    decoded(ditq.quantize(plain.transformer, "w4a16_g32", progress=False))
+    steps = [
+        lambda pipe: pipe.load_lora_weights(tmp_path / "5", adapter_name="one"),
+        lambda pipe: pipe.load_lora_weights(tmp_path / "6", adapter_name="other"),
+        lambda pipe: pipe.set_adapters(["one", "other"], [0.7, 0.4]),
+        lambda pipe: pipe.delete_adapters("one"),
+        lambda pipe: pipe.load_lora_weights(tmp_path / "5", adapter_name="other", hotswap=True),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: (pipe.unload_lora_weights(), pipe.load_lora_weights(tmp_path / "dora", adapter_name="dora")),
+    ]
+    before = entry.draw(pipe, 1, latent=True)
+    for step in steps:
+        step(pipe), step(plain)
+        drawn = entry.draw(pipe, 1, latent=True)
+        assert distance(drawn, entry.draw(plain, 1, latent=True)) < 1e-4
+        assert distance(drawn, before) > 1e-4, "a step that changes nothing says nothing"
+        before = drawn
 
 
 def by_group(model):
