@@ -84,10 +84,12 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
     "integrations": (
-        ("__init__", "config", "pictures", "patches"),
-        ("directories", "loading"),
+        ("__init__", "config", "peft", "pictures"),
+        ("loading", "saving"),
+        ("directories",),
         ("quantizer", "transformers"),
-        ("diffusers", "source"),
+        ("patches", "source"),
+        ("diffusers",),
         ("sampling",),
         ("samplers",),
         ("quantizing",),
@@ -140,6 +142,7 @@ OTHERS_AT_MODULE_LEVEL = {
     "triton": {"kernels", "inspect"},
     "diffusers": {"integrations", "demo"},
     "transformers": {"integrations"},
+    "peft": set(),
     "matplotlib": set(),
     "huggingface_hub": set(),
 }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from ..model import hosts
 from ..model.conversion import quantized_layers, replace_module
 from ..model.planning import obstacle_to
 from ..model.wrappers import bare
-from .adapters import load_adapters, save_adapters, without_adapters
+from .adapters import load_adapters, save_adapters, stored_beside, without_adapters
 from .manifest import (
     MANIFEST_FILE,
     PROGRESS_BYTES,
@@ -49,7 +50,7 @@ def save(model: Any, directory: str | os.PathLike) -> None:
         FileExistsError: if ``directory`` is there already, unless it is an empty directory.
         CheckpointError: (a ValueError) if there is no quantized layer, or a tensor without data.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     _check_free(directory)
     parts = models_in(model)
     whole = parts.get("", model)
@@ -59,8 +60,8 @@ def save(model: Any, directory: str | os.PathLike) -> None:
         )
     for name, part in parts.items():
         _check_data(name, part)
-    with written_whole(directory) as unfinished:
-        with without_adapters(*parts.values()):
+    with stored_beside(parts.values()), written_whole(directory) as unfinished:
+        with without_adapters(*parts.values()), _bare_parts(model, parts):
             if hosts.host_of(whole) is None:
                 _save_tensors(whole, unfinished)
             else:
@@ -80,11 +81,33 @@ def models_in(model: Any) -> dict[str, nn.Module]:
     return {name: bare(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
+@contextlib.contextmanager
+def _bare_parts(pipeline: Any, parts: dict[str, nn.Module]) -> Iterator[None]:
+    """``pipeline`` holds models themselves in place of what others have put around them, which diffusers would leave
+    out, until the end of the ``with`` block.
+    """
+    wrapped = {
+        name: getattr(pipeline, name) for name, part in parts.items() if name and getattr(pipeline, name) is not part
+    }
+    try:
+        for name in wrapped:
+            setattr(pipeline, name, parts[name])
+        yield
+    finally:
+        for name, part in wrapped.items():
+            setattr(pipeline, name, part)
+
+
 def _check_data(component: str, model: nn.Module) -> None:
     for name, _, _, tensor, _ in _slots(model):
         if tensor.is_meta:
             full = f"{component}.{name}" if component else name
             raise CheckpointError(f"{full} is on the meta device and has no data; disable offloading before saving")
+    for module in model.modules():
+        if hosts.is_on_disk(module):
+            raise CheckpointError(
+                f"the {type(model).__name__} is offloaded to files and has no data; disable offloading before saving"
+            )
 
 
 def _save_tensors(model: nn.Module, directory: Path) -> None:
@@ -174,7 +197,8 @@ def _version() -> str:
 
 
 def _check_free(directory: Path) -> None:
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    there = os.path.lexists(directory)
+    if there and not (directory.is_dir() and not directory.is_symlink() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
 
 

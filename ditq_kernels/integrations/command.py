@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ STRIDE = 7919  # a prime: classes of calibration runs lie far apart
 
 
 def _refuse_existing(path: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already; choose another --out, or remove it")
 
 
@@ -27,7 +28,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """Those of --prompt and of the lines of --prompts."""
     found = list(args.prompt or ())
     if args.prompts is not None:
-        found += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = args.prompts.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.prompts} is no text in UTF-8; it takes one prompt a line") from None
+        found += [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
             raise ValueError(f"{args.prompts} holds no prompt; it takes one a line")
     return found
@@ -171,7 +176,7 @@ def _say_sizes(out: Path, plans: dict[str, Any]) -> None:
 
 
 def _class_index(name: str, labels: dict[str, int], classes: int) -> int:
-    if name.isdigit():
+    if name.isdecimal():
         index = int(name)
         if index >= classes:
             raise ValueError(f"class {index} does not exist: this model's classes are 0 to {classes - 1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.adapters import adapters_beside
 from ..checkpoint.manifest import LayerRecord
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
 from ..layer.quantizer import check_clip
 from ..model.conversion import quantized_layers
 from ..model.planning import Plan
+from ..model.smoothing import is_smoothed
 
 NAME = "ditq"
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that a model computes in
 
 
 class Method(str, Enum):  # these libraries compare it with strings and ask for its value
@@ -38,6 +42,8 @@ class DitqConfig:
         dtype: name of the dtype of what is not quantized, in a stored model.
         layers: of a model that is stored quantized, how each quantized layer is stored
             (:class:`ditq_kernels.checkpoint.manifest.LayerRecord`, as a dict).
+        adapters: of a stored model, names of the adapters that ``ditq.save`` stored beside it.
+        smoothed: of a stored model, whether ``ditq.smooth`` has scaled the inputs of layers.
 
     Raises:
         ValueError: for an unknown scheme, and for a static one, which needs a calibration, unless ``layers`` say how
@@ -52,16 +58,21 @@ class DitqConfig:
         clip: float | str | None = None,
         dtype: str | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
-        **_: Any,
+        adapters: Collection[str] = (),
+        smoothed: bool = False,
+        quant_method: str = NAME,
     ) -> None:
         self.quant_method = Method.DITQ
         self.scheme = Scheme.parse(scheme).name
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        kept = [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert
+        self.modules_to_not_convert = list(kept or ())
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_dict(dict(plan))
         check_clip(clip)
         self.clip = clip
         self.dtype = dtype
         self.layers = layers
+        self.adapters = list(adapters)
+        self.smoothed = smoothed
         self._model: weakref.ref[nn.Module] | None = None  # a model may be cast before it is saved
         if layers is None:
             for wanted in {self.scheme} if self.plan is None else {e.scheme for e in self.plan.quantized()}:
@@ -79,6 +90,8 @@ class DitqConfig:
         records = {name: asdict(LayerRecord.of(layer)) for name, layer in layers.items()}
         most = max(schemes, key=schemes.count, default="w8a8")  # of no layer where a model has nothing to quantize
         config = cls(most, dtype=str(dtype_of(model)).removeprefix("torch."), layers=records)
+        config.adapters = list(adapters_beside(model))
+        config.smoothed = is_smoothed(model)
         config._model = weakref.ref(model)
         return config
 
@@ -119,11 +132,23 @@ class DitqConfig:
         stored = "" if self.layers is None else f", {len(self.layers)} layers stored"
         return f"DitqConfig({self.scheme!r}, modules_to_not_convert={self.modules_to_not_convert}{stored})"
 
-    def keeps(self, name: str) -> bool:
-        """Whether the layer ``name`` is one of ``modules_to_not_convert``."""
-        return any(
-            fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for pattern in self.modules_to_not_convert
-        )
+    def kept(self, names: Collection[str]) -> set[str]:
+        """Those of the layers ``names`` that ``modules_to_not_convert`` name; warns of what names none."""
+        found: set[str] = set()
+        for pattern in self.modules_to_not_convert:
+            matched = {name for name in names if fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."}
+            if not matched:
+                warnings.warn(
+                    f"modules_to_not_convert: {pattern!r} names no layer that would be quantized", stacklevel=2
+                )
+            found |= matched
+        return found
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a model's ``quantization_config``, a value or a dict, is of this library."""
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return method == NAME
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -133,6 +158,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         if isinstance(module, QuantLinear):
             counts[module.dtype] = counts.get(module.dtype, 0) + 1
         for parameter in () if isinstance(module, QuantLinear) else module.parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.dtype in COMPUTED:  # what layerwise casting stores is another
                 counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..checkpoint.adapters import load_adapters
 from ..checkpoint.manifest import MANIFEST_FILE
 from ..model.hosts import HOSTS
 from .config import DitqConfig
+from .loading import AdaptersLeftOut
 
 PIPELINE_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -136,7 +138,9 @@ def load_model(directory: Path, quantization: DitqConfig | None = None) -> nn.Mo
     cls = class_of(directory)
     how = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model = cls.from_pretrained(str(directory), use_safetensors=True, dtype=stored_dtype(directory), **how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdaptersLeftOut)  # they are attached below
+            model = cls.from_pretrained(str(directory), use_safetensors=True, dtype=stored_dtype(directory), **how)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory} could not be loaded as a {cls.__name__}: {first_line(error)}") from None
     load_adapters(model, directory)
@@ -152,12 +156,14 @@ def load_pipeline(directory: Path) -> Any:
     folders = {name: directory / name for name in index if (directory / name / CONFIG_FILE).is_file()}
     older = {name: directory / name for name in index if (directory / name / MANIFEST_FILE).is_file()}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(directory),
-            dtype={name: stored_dtype(folder) for name, folder in folders.items() if name not in older},
-            use_safetensors=True,
-            **{name: store.load(folder) for name, folder in older.items()},
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdaptersLeftOut)  # they are attached below
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(directory),
+                dtype={name: stored_dtype(folder) for name, folder in folders.items() if name not in older},
+                use_safetensors=True,
+                **{name: store.load(folder) for name, folder in older.items()},
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory} could not be loaded as a pipeline: {first_line(error)}") from None
     for name, part in pipeline.components.items():

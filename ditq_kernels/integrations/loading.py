@@ -4,6 +4,7 @@ are there, empty, before stored ones are loaded into them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -16,18 +17,19 @@ from ..memory import return_freed
 from ..model.conversion import check_plan, replace_module
 from ..model.observation import linear_layers
 from ..model.planning import plan
+from ..model.smoothing import SMOOTHED
 from .config import DitqConfig
 
 
+class AdaptersLeftOut(UserWarning):
+    """A model that was stored with adapters is loaded without them."""
+
+
 class Loading:
-    """Of one model, from its empty skeleton to the end.
+    """Of one model, from its empty skeleton to the end. What is loaded is quantized already if ``config`` says how."""
 
-    Args:
-        stored: whether what is loaded is quantized already.
-    """
-
-    def __init__(self, config: DitqConfig, stored: bool) -> None:
-        self.config, self.stored = config, stored
+    def __init__(self, config: DitqConfig) -> None:
+        self.config, self.stored = config, config.layers is not None
         self.dtype: torch.dtype | None = None
         self._schemes: dict[str, str] = {}  # of the layers still to be quantized
         self._bar: Any = None
@@ -50,20 +52,34 @@ class Loading:
         from tqdm.auto import tqdm
 
         if self.stored:
-            for name, record in (self.config.layers or {}).items():
-                layer = LayerRecord(**record).empty_layer(name)
-                if record["dtype"] == self.config.dtype:  # others are kept in another by the library
-                    layer.dtype = self.dtype or layer.dtype
-                replace_module(model, model.get_submodule(name), layer)
+            self._put_empty_layers(model)
             return
         if not linear_layers(model) and self.config.plan is None:
             return  # such as an autoencoder, where a whole pipeline is to be quantized
         chosen = self.config.plan or plan(model, self.config.scheme)
         check_plan(model, chosen)
-        self._schemes = {
-            e.name: e.scheme for e in chosen.quantized() if e.name not in kept and not self.config.keeps(e.name)
-        }
+        schemes = {entry.name: entry.scheme for entry in chosen.quantized() if entry.name not in kept}
+        plain = self.config.kept(schemes)
+        self._schemes = {name: scheme for name, scheme in schemes.items() if name not in plain}
         self._bar = tqdm(total=len(self._schemes), desc="quantize", unit="layer", leave=False)
+
+    def _put_empty_layers(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        absent = [name for name in self.config.layers if not isinstance(modules.get(name), nn.Linear)]
+        for name, record in self.config.layers.items():
+            if name in absent:
+                continue
+            layer = LayerRecord(**record).empty_layer(name)
+            if record["dtype"] == self.config.dtype:  # others are kept in another by the library
+                layer.dtype = self.dtype or layer.dtype
+            replace_module(model, modules[name], layer)
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            warnings.warn(
+                f"{absent[0]}{more} are stored and not loaded: a {type(model).__name__} comes without them, as without "
+                "fused projections, until it fuses them again, and without adapters for pictures",
+                stacklevel=2,
+            )
 
     def quantizes(self, parameter: str) -> bool:
         """Whether the parameter of this name is a weight that :meth:`quantize` is to be given."""
@@ -98,3 +114,12 @@ class Loading:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"the checkpoint lacks {min(missing)}{more}")
+        if self.stored and self.config.smoothed:
+            setattr(model, SMOOTHED, True)
+        if self.stored and self.config.adapters:
+            warnings.warn(
+                f"{', '.join(self.config.adapters)}: adapters were stored with this {type(model).__name__}; ditq.load "
+                "attaches them",
+                AdaptersLeftOut,
+                stacklevel=2,
+            )

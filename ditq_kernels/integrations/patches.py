@@ -3,7 +3,6 @@ that do the right one.
 
 ``fuse_qkv_projections`` would join decoded weights to 16-bit layers: packed ones are joined instead. A ControlNet's
 ``from_transformer`` loads what has the same name, and would leave at random what is stored under others: it is decoded.
-``save_pretrained`` would store a layer that has an adapter under names that no loader asks for: it is stored without.
 FLUX's ``load_lora_weights`` looks for weights in the model's state dict, and does not find stored ones.
 """
 
@@ -22,11 +21,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..checkpoint.adapters import without_adapters
 from ..layer.concatenation import concatenated, obstacle_to_concatenation
 from ..layer.linear import QuantLinear
 from ..model.conversion import quantized_layers
-from ..model.wrappers import adapted_layers
+from . import peft
+from .quantizer import set_config
+from .saving import saving
 
 # The layer that joins others, by the module of an attention.
 JOINED = {
@@ -67,6 +67,7 @@ def _decoding(original: Callable) -> Callable:
     @functools.wraps(original)
     def from_transformer(cls: type, *args, **kwargs):
         controlnet = original(cls, *args, **kwargs)
+        set_config(controlnet, None)  # it comes with the transformer's configuration, and is not quantized
         given = signature.bind(cls, *args, **kwargs)
         given.apply_defaults()
         if not given.arguments.get("load_weights_from_transformer", True):
@@ -80,22 +81,6 @@ def _decoding(original: Callable) -> Callable:
         return controlnet
 
     return from_transformer
-
-
-def _without_adapters(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def save_pretrained(self: nn.Module, *args, **kwargs):
-        if not adapted_layers(self) or not quantized_layers(self):
-            return original(self, *args, **kwargs)
-        warnings.warn(
-            f"{', '.join(self.peft_config)}: adapters are not saved with the model; ditq.save stores them beside it, a "
-            "pipeline's save_lora_weights by themselves",
-            stacklevel=2,
-        )
-        with without_adapters(self):
-            return original(self, *args, **kwargs)
-
-    return save_pretrained
 
 
 def _seeing_weights(original: Callable) -> Callable:
@@ -117,9 +102,10 @@ def _seeing_weights(original: Callable) -> Callable:
 @functools.cache
 def apply() -> None:
     """Replace them; a second call does nothing."""
+    peft.teach()
     for cls in (Attention, AttentionModuleMixin):
         cls.fuse_projections = _joining(cls.fuse_projections)
-    ModelMixin.save_pretrained = _without_adapters(ModelMixin.save_pretrained)
+    ModelMixin.save_pretrained = saving(ModelMixin.save_pretrained, set_config)
     FluxLoraLoaderMixin._maybe_expand_lora_state_dict = classmethod(
         _seeing_weights(FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__)
     )

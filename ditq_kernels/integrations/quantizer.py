@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..layer.linear import QuantLinear
 from ..model.recipes import repeated_blocks
-from .config import NAME, DitqConfig
+from .config import NAME, DitqConfig, is_ours
 from .loading import Loading
 
 
@@ -23,7 +24,7 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._loading = Loading(quantization_config, self.pre_quantized)
+        self._loading = Loading(quantization_config)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         return self._loading.choose_dtype(torch_dtype)
@@ -81,9 +82,21 @@ def attach(model: nn.Module, quantizer: DitqQuantizer | None = None) -> None:
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
     model.is_quantized = False  # which would forbid casts; quantized layers cast what can be cast
-    model.register_to_config(quantization_config=config)
+    set_config(model, config)
     if not getattr(model, "_repeated_blocks", None):  # what compile_repeated_blocks compiles, which some classes lack
         model._repeated_blocks = sorted({type(block).__name__ for block in repeated_blocks(model).values()})
+
+
+def set_config(model: nn.Module, config: DitqConfig | None) -> None:
+    """Put ``config`` into the model's, or take ours out of it. Into the same value: libraries note there what they have
+    changed of the model, such as an adapter for pictures, and ``register_to_config`` would make another.
+    """
+    held = model.config
+    if config is not None:
+        held["quantization_config"] = held.quantization_config = config
+    elif is_ours(held.get("quantization_config")):
+        OrderedDict.__delitem__(held, "quantization_config")
+        del held.quantization_config
 
 
 def register() -> None:

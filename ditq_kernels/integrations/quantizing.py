@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -86,7 +87,7 @@ def plans_of(
 
 def check_target(path: Path, directory: Path) -> None:
     """Raise unless :func:`write` may write ``directory``: it must be new, and not inside a pipeline's."""
-    if directory.exists():
+    if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists already; choose another directory, or remove it")
     if (path / PIPELINE_FILE).is_file() and path.resolve() in directory.resolve().parents:
         raise ValueError(f"{directory} would stand inside {path}, which is copied; choose one outside it")

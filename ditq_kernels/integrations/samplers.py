@@ -132,7 +132,8 @@ def takes_prompts(path: Path) -> bool:
             raise ValueError(f"{path} holds a {name}, which takes neither prompts nor classes; {in_python}")
         return True
     config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
-    name = config.get("_class_name", CLASS_CONDITIONAL)  # older checkpoints of ours hold no config.json
+    # Older checkpoints of ours hold no config.json, and configurations of transformers no name of a class.
+    name = config.get("_class_name", config.get("model_type", CLASS_CONDITIONAL))
     if name != CLASS_CONDITIONAL:
         raise ValueError(f"{path} holds a {name} alone; give the pipeline that samples with it, or {in_python}")
     return False

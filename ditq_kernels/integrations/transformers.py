@@ -4,16 +4,20 @@ ones once this is imported, as diffusers' do for its own.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from .config import NAME, DitqConfig
+from . import peft
+from .config import NAME, DitqConfig, is_ours
 from .loading import Loading
+from .saving import saving
 
 
 class _Quantize(ConversionOps):
@@ -44,7 +48,7 @@ class DitqHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._loading = Loading(quantization_config, self.pre_quantized)
+        self._loading = Loading(quantization_config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._loading.choose_dtype(dtype)
@@ -83,13 +87,26 @@ def attach(model: nn.Module, quantizer: DitqHfQuantizer | None = None) -> None:
         quantizer = DitqHfQuantizer(config)
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
-    model.config.quantization_config = config
+    set_config(model, config)
 
 
+def set_config(model: nn.Module, config: DitqConfig | None) -> None:
+    """Put ``config`` into the model's, or take ours out of it, and out of those of its parts, which it loads."""
+    own = model.config
+    for held in (own, *(part for part in vars(own).values() if isinstance(part, PreTrainedConfig))):
+        if is_ours(getattr(held, "quantization_config", None)):
+            del held.quantization_config
+    if config is not None:
+        own.quantization_config = config
+
+
+@functools.cache
 def register() -> None:
-    """Give transformers' loaders ``quant_method`` "ditq"."""
+    """Give transformers' loaders ``quant_method`` "ditq", and its models a ``save_pretrained`` that knows of it."""
     auto.AUTO_QUANTIZER_MAPPING[NAME] = DitqHfQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = DitqConfig
+    peft.teach()
+    PreTrainedModel.save_pretrained = saving(PreTrainedModel.save_pretrained, set_config)
 
 
 register()

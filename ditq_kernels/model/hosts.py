@@ -25,6 +25,15 @@ def host_of(model: Any) -> str | None:
     return HOSTS[known[0]] if known else None
 
 
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps the weights of ``module`` in files: what it leaves in their place looks
+    like weights.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
+
+
 def tell(model: nn.Module) -> None:
     """Let the library that ``model`` comes from know that it is quantized."""
     model = bare(model)

@@ -43,7 +43,11 @@ def models_of(pipeline: Any, components: Collection[str] | None = None) -> dict[
             raise ValueError(f"the pipeline has no model {name!r}; it has {', '.join(found)}")
     if not chosen:
         raise ValueError(f"{type(pipeline).__name__} has neither a transformer nor a text encoder to quantize")
-    return {name: found[name] for name in chosen}
+    models: dict[str, nn.Module] = {}
+    for name in chosen:
+        if not any(found[name] is model for model in models.values()):  # one may serve twice
+            models[name] = found[name]
+    return models
 
 
 class PipelinePlan:
@@ -61,9 +65,14 @@ class PipelinePlan:
         return len(self._plans)
 
     def __getitem__(self, component: str) -> Plan:
+        """Raises KeyError, with the components that there are, for any other."""
+        if component not in self._plans:
+            raise KeyError(f"there is no plan of {component!r}, but of {', '.join(self._plans) or 'nothing'}")
         return self._plans[component]
 
     def __delitem__(self, component: str) -> None:
+        """Raises as :meth:`__getitem__` does."""
+        self[component]
         del self._plans[component]
 
     def __str__(self) -> str:
@@ -139,7 +148,11 @@ def quantize(
         raise TypeError("a Plan is of one model; of a pipeline, ditq.plan(pipe, ...) makes one for each of its models")
     if isinstance(scheme_or_plan, PipelinePlan):
         chosen = scheme_or_plan
-        models = models_of(model, list(chosen) if components is None else components)
+        wanted = list(chosen) if components is None else components
+        models = models_of(model, wanted or None)
+        for name in models:
+            if name not in list(chosen):
+                raise ValueError(f"the plan is of {', '.join(chosen) or 'nothing'}, and has none of {name}")
     else:
         models = models_of(model, components)
         for name, one in models.items():

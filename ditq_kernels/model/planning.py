@@ -183,8 +183,8 @@ def plan(
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: for an unknown scheme, a model that has no linear layer left to quantize, a budget below what the
-            smallest formats take, or errors that lack a layer or scheme.
+        ValueError: for an unknown scheme, a model that has no linear layer left to quantize or whose projections are
+            fused, a budget below what the smallest formats take, or errors that lack a layer or scheme.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
@@ -200,6 +200,12 @@ def plan(
         calibration.check(model)
         rows = calibration.rows
     recipe = recipe_for(bare(model), {own_name(name): count for name, count in (rows or {}).items()})
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False) and hasattr(module, "unfuse_projections"):
+            raise ValueError(
+                f"the projections of {name} are fused, and would stay in 16 bits: unfuse_qkv_projections() first, and "
+                "fuse them when they are quantized"
+            )
     owners = _other_owners(model)
     entries = []
     for name, layer in layers.items():

@@ -13,7 +13,7 @@ def samples_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
     """How many samples a call of a model is given, by the first of its arguments that has them: a tensor of three or
     more dimensions, whose first they are, or a list of tensors, one each. None if there is no such argument.
     """
-    for value in (*args, *kwargs.values()):
+    for value in (kwargs.get("hidden_states"), *args, *kwargs.values()):  # what diffusers calls what is sampled
         if isinstance(value, torch.Tensor) and value.ndim >= 3:
             return value.shape[0]
         if isinstance(value, (list, tuple)) and value and all(isinstance(one, torch.Tensor) for one in value):

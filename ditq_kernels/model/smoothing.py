@@ -17,6 +17,14 @@ from torch import nn
 from .calibration import Calibration
 from .observation import linear_layers
 from .recipes import Fold, recipe_for
+from .wrappers import bare
+
+SMOOTHED = "_inputs_smoothed"  # on a model: adapters trained for it as it was do not fit any more
+
+
+def is_smoothed(model: nn.Module) -> bool:
+    """Whether :func:`smooth` has scaled the inputs of some of ``model``'s layers."""
+    return getattr(model, SMOOTHED, False)
 
 
 @torch.no_grad()
@@ -24,6 +32,7 @@ def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) ->
     """Smooth ``model`` in place, wherever its recipe knows how; returns the calibration of the smoothed model, which is
     the one to quantize it with. The model computes the same but for rounding; in 16 bits and with large factors, a
     modulation's bias comes near -1 and loses digits, which smoothing in fp32 and converting afterwards does not mend.
+    Adapters that were trained for the model as it was do not fit it any more: fuse them before.
 
     Channel k of the layers fed the same is divided by ``s[k] = amax_x[k] ** strength / amax_w[k] ** (1 - strength)``.
 
@@ -52,7 +61,10 @@ def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) ->
     for fold, consumers, producers in found:
         for name, module in (consumers | producers).items():
             if name not in layers and not _is_norm(module):
-                raise ValueError(f"{name} is quantized already, or has adapters; smooth the model before")
+                raise ValueError(
+                    f"{name} is quantized already, or has adapters, which would not fit any more: smooth the 16-bit "
+                    "model, with adapters fused"
+                )
         for name in consumers:
             if name not in calibration.channel_amax:
                 raise ValueError(f"the calibration has no channel ranges of {name}; calibrate this model again")
@@ -74,6 +86,7 @@ def smooth(model: nn.Module, calibration: Calibration, strength: float = 0.5) ->
             factors[name] = factors[name] * whole if name in factors else whole
         for module in producers.values():
             _divide_outputs(module, fold, factor)
+    setattr(bare(model), SMOOTHED, True)
     return _smoothed(calibration, factors)
 
 

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 BASE = "base_layer"  # peft's name for the layer that an adapter is put around
+ORIGINAL = "original_module"  # and for the module that an adapter trains a copy of
 COMPILED = "_orig_mod"  # PyTorch's name for the module that it has compiled
 
 
@@ -24,7 +25,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 def own_name(name: str) -> str:
     """The name that a layer has in the bare model."""
-    parts = [part for part in name.split(".") if part not in (BASE, COMPILED)]
+    parts = [part for part in name.split(".") if part not in (BASE, ORIGINAL, COMPILED)]
     return ".".join(parts).removeprefix("base_model.model.")
 
 
@@ -36,12 +37,21 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, tuners.BaseTunerLayer)}
 
 
+def trained_copies(model: nn.Module) -> dict[str, nn.Module]:
+    """Name to peft's wrapper, of every module of which an adapter trains a whole copy (``modules_to_save``)."""
+    other = sys.modules.get("peft.utils.other")
+    kind = getattr(other, "AuxiliaryTrainingWrapper", None)
+    return {name: one for name, one in model.named_modules() if kind is not None and isinstance(one, kind)}
+
+
 def adapters_modules(model: nn.Module) -> set[nn.Module]:
     """All modules that came with adapters: of a layer that has some, everything but the layer itself."""
+    wrapped = [(layer, BASE) for layer in adapted_layers(model).values()]
+    wrapped += [(copy, ORIGINAL) for copy in trained_copies(model).values()]
     return {
         module
-        for layer in adapted_layers(model).values()
-        for name, child in layer.named_children()
-        if name != BASE
+        for wrapper, own in wrapped
+        for name, child in wrapper.named_children()
+        if name != own
         for module in child.modules()
     }
