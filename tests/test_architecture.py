@@ -90,7 +90,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("diffusers", "source"),
         ("sampling",),
         ("samplers",),
-        ("quantizing",),
+        ("options", "quantizing"),
         ("command",),
     ),
     "analysis": (
