@@ -112,7 +112,7 @@ def test_what_else_decides_the_pictures_is_refused(change, flux, evaluated, caps
         encoder.write_bytes(stored)
     error = capsys.readouterr().err
     assert code == cli.EXIT_USER_ERROR and "original holds samples with fingerprint = " in error
-    assert "(the model, its scheduler, or the prompts and their size are others); choose another directory" in error
+    assert "(weights, scheduler, prompts or sizes are others); choose another directory" in error
 
 
 def test_an_original_in_bf16_stays_so(flux, tmp_path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 SETTINGS_FILE = "settings.json"
-MEANING = {"fingerprint": " (the model, its scheduler, or the prompts and their size are others)"}
+MEANING = {"fingerprint": " (weights, scheduler, prompts or sizes are others)"}
 
 
 @dataclass(frozen=True)
