@@ -92,7 +92,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("diffusers",),
         ("sampling",),
         ("samplers",),
-        ("quantizing",),
+        ("options", "quantizing"),
         ("command",),
     ),
     "analysis": (

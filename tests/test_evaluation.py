@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from ditq_kernels import cli
 from ditq_kernels.evaluation import report
 from ditq_kernels.evaluation.run import Evaluation, Judge, Row, Settings
 from ditq_kernels.evaluation.variants import NOISE_FLOOR, ORIGINAL, Variant, variants
-from ditq_kernels.integrations.sampling import default_scheduler
+from ditq_kernels.integrations.samplers import ClassSampler, Drawing
+from ditq_kernels.integrations.source import Source
 
-SETTINGS = Settings(pictures=5, steps=3, batch=2, calibration_pictures=3)
+STEPS = 3
+SETTINGS = Settings(pictures=5, batch=2, calibration_pictures=3)
 COMPENSATED = Variant("w4a8_g32 compensated", "w4a8_g32", "compensated")
 # Two features, so that five pictures are enough for a covariance.
 JUDGE = Judge(
@@ -29,12 +32,14 @@ JUDGE = Judge(
 )
 
 
+def sampler():
+    source = Source(Path("small"), small_dit(heads=4, head_dim=32))
+    return ClassSampler(source, Drawing(STEPS, guidance=2.0), progress=False)
+
+
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    model = small_dit(heads=4, head_dim=32)
-    found = Evaluation(
-        model, default_scheduler(), "small", SETTINGS, tmp_path_factory.mktemp("evaluation") / "samples", JUDGE
-    )
+    found = Evaluation(sampler(), "small", SETTINGS, tmp_path_factory.mktemp("evaluation") / "samples", JUDGE)
     for variant in (ORIGINAL, *NOISE_FLOOR, Variant("w8a8_static", "w8a8_static"), COMPENSATED):
         assert found.draw(variant) == 3
     return found
@@ -68,7 +73,7 @@ def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evalua
     assert quantized.psnr_interval_db[0] < quantized.psnr_db < quantized.psnr_interval_db[1]
     assert quantized.psnr_worst_db < quantized.psnr_db and 4 < quantized.bits_per_weight < 6
     assert 0.5 < quantized.variation < 1.5 and 0 < quantized.frechet_of_means < quantized.frechet
-    assert len(quantized.relative_l2_by_step) == SETTINGS.steps
+    assert len(quantized.relative_l2_by_step) == STEPS
     # The trajectory is of all five pictures: it ends in the result, but for sums in batches of another size.
     assert quantized.relative_l2_by_step[-1] == pytest.approx(quantized.relative_l2, rel=1e-2)
     assert original.layer_snr_db is None and quantized.layer_snr_db.keys() == half.layer_snr_db.keys()
@@ -83,13 +88,13 @@ def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evalua
 
 def test_too_few_pictures_for_a_covariance_have_no_distance(evaluation):
     many = Judge("many features", lambda x: x.flatten(1), 64, JUDGE.logits)
-    few = Evaluation(evaluation.model, evaluation.scheduler, "small", SETTINGS, evaluation.directory, many)
+    few = Evaluation(evaluation.sampler, "small", SETTINGS, evaluation.directory, many)
     assert few.row(ORIGINAL).frechet is None
 
 
 def test_the_original_is_left_as_it_was(evaluation):
     assert {parameter.dtype for parameter in evaluation.model.parameters()} == {torch.float32}
-    again = Evaluation(small_dit(heads=4, head_dim=32), evaluation.scheduler, "small", SETTINGS, evaluation.directory)
+    again = Evaluation(sampler(), "small", SETTINGS, evaluation.directory)
     for mine, theirs in zip(again.model.parameters(), evaluation.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -98,7 +103,7 @@ def test_pictures_that_are_not_finite_have_a_row_without_measures(evaluation, tm
     from safetensors.torch import load_file, save_file
 
     directory = shutil.copytree(evaluation.directory, tmp_path / "samples")
-    spoiled = Evaluation(evaluation.model, evaluation.scheduler, "small", SETTINGS, directory, JUDGE)
+    spoiled = Evaluation(evaluation.sampler, "small", SETTINGS, directory, JUDGE)
     path = sorted(spoiled.folder(COMPENSATED).glob("*.safetensors"))[-1]
     drawn = load_file(path)
     drawn["samples"][0, 0, 0, 0] = math.nan

@@ -1,6 +1,7 @@
 """Samples on disk: the same whoever draws them, and whatever interrupts it."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,9 +21,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def drawn(model, tmp_path_factory):
+def draws(model):
+    return partial(sample, model, default_scheduler(), steps=3, guidance=2.0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(draws, tmp_path_factory):
     directory = tmp_path_factory.mktemp("drawn") / "samples"
-    assert draw(REQUEST, model, default_scheduler(), directory, progress=False) == 4
+    assert draw(REQUEST, draws, directory, progress=False) == 4
     return directory
 
 
@@ -33,12 +39,12 @@ def test_the_samples_are_the_samplers(drawn, model):
     assert torch.equal(found[6:], last)
 
 
-def test_two_processes_draw_what_one_does(drawn, model, tmp_path):
-    done = [draw(REQUEST, model, default_scheduler(), tmp_path, process=i, processes=2, progress=False) for i in (1, 0)]
+def test_two_processes_draw_what_one_does(drawn, draws, tmp_path):
+    done = [draw(REQUEST, draws, tmp_path, process=i, processes=2, progress=False) for i in (1, 0)]
     assert done == [2, 2] and torch.equal(load(REQUEST, tmp_path), load(REQUEST, drawn))
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_stopped(drawn, draws, tmp_path, monkeypatch):
     import safetensors.torch
 
     original, saved = safetensors.torch.save_file, []
@@ -52,11 +58,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, mon
 
     monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw(REQUEST, model, default_scheduler(), tmp_path, progress=False)
+        draw(REQUEST, draws, tmp_path, progress=False)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="lacks 2 of 4 batches, 0000004"):
         load(REQUEST, tmp_path)
-    assert draw(REQUEST, model, default_scheduler(), tmp_path, progress=False) == 2
+    assert draw(REQUEST, draws, tmp_path, progress=False) == 2
     assert torch.equal(load(REQUEST, tmp_path), load(REQUEST, drawn))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in drawn.iterdir())
 
@@ -64,10 +70,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(drawn, model, tmp_path, mon
 @pytest.mark.parametrize(
     "change", [dict(steps=4), dict(model="other"), dict(fingerprint="4567"), dict(batch=3), dict(guidance=1.0)]
 )
-def test_samples_of_something_else_are_refused(drawn, model, change):
+def test_samples_of_something_else_are_refused(drawn, draws, change):
     other = dataclasses.replace(REQUEST, **change)
     (name,) = change
-    for call in (lambda: load(other, drawn), lambda: draw(other, model, default_scheduler(), drawn)):
+    for call in (lambda: load(other, drawn), lambda: draw(other, draws, drawn)):
         with pytest.raises(ValueError, match=f"holds samples with {name} = "):
             call()
 

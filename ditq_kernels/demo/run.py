@@ -126,7 +126,9 @@ def run_variant(
 ) -> tuple[nn.Module, torch.Tensor, float]:
     """(model, samples, seconds per step) of one variant; ``source`` keeps its model."""
     model = copy.deepcopy(source.transformer)
-    nn.Module.to(model, variant.dtype)  # diffusers' own `to` warns of modules to keep in fp32, of which DiT has none
+    nn.Module.to(
+        model, dtype=variant.dtype
+    )  # diffusers' own `to` warns of modules to keep in fp32, of which DiT has none
     if variant.scheme is not None:
         quantize(model, variant.scheme, calibration, rounding=variant.rounding)
     started = time.perf_counter()

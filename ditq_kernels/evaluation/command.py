@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import arguments
 from ..arguments import AddCommand
+from ..integrations.options import add_sampling_options, check_words, load_sampler
 from ..model.conversion import ROUNDINGS
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from tqdm import tqdm
 
     from .. import __version__
-    from ..integrations.sampling import default_scheduler, save_grid
-    from ..integrations.source import load_source
+    from ..integrations.directories import local
+    from ..integrations.samplers import check_draws_pictures
+    from ..integrations.sampling import save_grid
     from ..layer.quantizer import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings
@@ -54,21 +56,22 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from .variants import variants
 
     first, *others = args.sources
+    path = local(first)
+    prompted = check_words(args, path, needed=False)
+    if prompted:
+        check_draws_pictures(path)
     wanted = list(variants(args.schemes, [Path(other) for other in others], args.rounding))
     process, processes, device, wait = _processes(device)
-    source = load_source(first, device=device, with_vae=True)
-    name = type(source.transformer).__name__
-    if name != "DiTTransformer2DModel":
-        raise ValueError(f"this command samples only DiTTransformer2DModel, and {first} holds a {name}")
-    source.check_decodable()
-    source.transformer.float()
-    settings = Settings(args.samples, args.steps, args.guidance, min(args.batch, args.samples), args.seed)
-    judge = judge_of(source.transformer)
-    scheduler = source.scheduler or default_scheduler()
+    sampler = load_sampler(args, path, prompted, progress=False, device=device)
+    (model,) = sampler.denoisers().values()
+    if not prompted:
+        model.float()
+    wanted = [variant for variant in wanted if variant.dtype != model.dtype]  # it is the original
+    batch = 1 if prompted else min(args.batch, args.samples)
+    settings = Settings(args.samples, batch, args.seed)
+    judge = None if prompted else judge_of(model)
     where = args.out / "samples"
-    evaluation = Evaluation(
-        source.transformer, scheduler, str(first), settings, where, judge, source.decode, process, processes
-    )
+    evaluation = Evaluation(sampler, str(first), settings, where, judge, process, processes)
     for variant in wanted:
         evaluation.check(variant)
     for variant in tqdm(wanted, desc="draw", unit="model", disable=process > 0):
@@ -81,7 +84,8 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
         sources=list(map(str, args.sources)),
         samples=args.samples,
         steps=args.steps,
-        guidance=args.guidance,
+        guidance=sampler.how.guidance,
+        **(dict(prompts=sampler.subjects, height=args.height, width=args.width) if prompted else {}),
         seed=args.seed,
         judge=judge and judge.name,
         calibration=dict(step=settings.step, pictures=settings.calibration_pictures),
@@ -109,7 +113,8 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
             f"features; draw at least {judge.num_features + 1}, better ten times as many."
         )
     print("\nthe rows of pictures.png are those above")
-    print("  ".join(str(args.out / name) for name in ("results.json", "pictures.png", "steps.png", "layers.png")))
+    written = [args.out / name for name in ("results.json", "pictures.png", "steps.png", "layers.png")]
+    print("  ".join(str(path) for path in written if path.exists()))
     return 0
 
 
@@ -124,6 +129,7 @@ def add_commands(command: AddCommand, judge_of: Callable[[Any], Judge | None]) -
         lambda args: _evaluate(args, arguments.device(args.device), judge_of),
         "draw many pictures with the original and with every scheme, and compare them, with the noise floor beside",
         "  ditq evaluate ./DiT-XL-2-256 --schemes w8a8 w4a8_g128 --samples 500 --out ./evaluation\n"
+        "  ditq evaluate ./FLUX.1-dev --prompts prompts.txt --samples 20 --steps 28 --out ./evaluation\n"
         "  accelerate launch --multi_gpu --num_processes 2 -m ditq_kernels evaluate SRC --out ./evaluation",
     )
     evaluate.add_argument(
@@ -153,12 +159,9 @@ def add_commands(command: AddCommand, judge_of: Callable[[Any], Judge | None]) -
     evaluate.add_argument(
         "--samples", type=arguments.count, default=100, help="pictures of each (default: %(default)s)"
     )
-    evaluate.add_argument("--steps", type=arguments.count, default=50, help="sampling steps (default: %(default)s)")
     evaluate.add_argument(
-        "--guidance", type=arguments.number, default=2.0, help="guidance scale (default: %(default)s)"
-    )
-    evaluate.add_argument(
-        "--batch", type=arguments.count, default=50, help="pictures drawn at once (default: %(default)s)"
+        "--batch", type=arguments.count, default=50, help="pictures of classes drawn at once (default: %(default)s)"
     )
     evaluate.add_argument("--seed", type=arguments.seed, default=0, help="of the first picture (default: %(default)s)")
+    add_sampling_options(evaluate, 2.0, videos=False)
     evaluate.add_argument("--npz", action="store_true", help="also write the pictures as other evaluators read them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,10 +34,11 @@ class _Beside:
         )
 
 
-def layer_snr_db(model: nn.Module, other: nn.Module, run: Callable[[], Any], step: int) -> dict[str, float]:
+def layer_snr_db(model: nn.Module, other: nn.Module, runs: Iterable[Callable[[], Any]], step: int) -> dict[str, float]:
     """Signal-to-noise ratio in dB of the outputs of each linear layer of ``other``, fed what those of ``model`` are fed
-    in one step of ``run()``, which samples with ``model``. Infinite where nothing differs.
+    in one step of each of ``runs``, which sample with ``model``. Infinite where nothing differs.
     """
     observer = _Beside(model, other)
-    observe_steps(model, run, step, 1, observer)
+    for run in runs:
+        observe_steps(model, run, step, 1, observer)
     return {name: signal_to_noise(signal, noise) for name, (signal, noise) in observer.powers.items()}

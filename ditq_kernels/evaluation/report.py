@@ -81,8 +81,10 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     shown = [row for row in rows if row.relative_l2_by_step]
+    if not shown:
+        return
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, row in enumerate(shown):
         floor = row.name in {variant.name for variant in NOISE_FLOOR}
         colour = "black" if floor else plt.get_cmap("tab10")(index % 10)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import __version__
 from ..layer.quantizer import DEFAULT_ZERO_POINT
-from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate, step_index
+from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, step_index
 from ..model.conversion import quantize, quantized_layers
-from ..model.observation import linear_layers
+from ..model.observation import count_steps, linear_layers
 from . import samples as on_disk
 from .layers import layer_snr_db
 from .metrics import (
@@ -28,11 +30,11 @@ from .metrics import (
     mean_distance,
     variation,
 )
-from .samples import Request, fingerprint
+from .samples import Request, digest, fingerprint
 from .variants import NOISE_FLOOR, ORIGINAL, Variant
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from ..integrations.samplers import Sampler
 
 CALIBRATION_SEED = 50_000_000  # far from the seeds that are compared
 OTHER_SEEDS = 10_000_000  # the first of the original's other seeds
@@ -44,13 +46,11 @@ class Settings:
     """What is drawn of every model.
 
     Attributes:
-        pictures: of each; steps, guidance, batch: of the sampler.
+        pictures: of each; batch: how many of them are drawn at once.
         calibration_pictures, step: of the run that calibrates, and the position in it.
     """
 
     pictures: int
-    steps: int = 50
-    guidance: float = 2.0
     batch: int = 50
     first_seed: int = 0
     calibration_pictures: int = DEFAULT_PICTURES
@@ -75,15 +75,15 @@ class Judge:
 @dataclass(frozen=True)
 class Row:
     """What one variant came out as. Differences are to the original's pictures of the same seeds; for other seeds they
-    say what a different picture of the same class is. Where pictures are decoded from latents, everything is of
-    pictures, but for what is said by step and by layer.
+    say what a different picture of the same class or prompt is. Where pictures are decoded from latents, everything is
+    of pictures, but for what is said by step and by layer.
 
     Attributes:
         finite: whether its pictures hold no NaN and no infinite value; if they do, they have no measures.
         psnr_db: mean over pictures, with a 95 % bootstrap interval; psnr_worst_db: of the worst picture.
         variation: total variation (differences of neighbouring pixels) relative to the original's: above 1 is more
             texture or noise, below 1 is blur.
-        relative_l2_by_step: of the first few pictures, after each sampling step.
+        relative_l2_by_step: of the first few pictures, after each sampling step; None if a pipeline hides them.
         layer_snr_db: by linear layer: of its output, fed what the original's layer is fed in the calibrated step.
         frechet: Fréchet distance, by the judge's features, from the original's pictures of other seeds;
             frechet_of_means: its part that is the squared distance of the features' means.
@@ -113,91 +113,72 @@ class Row:
     bits_per_weight: float | None
 
 
-def trajectory(
-    model: nn.Module, scheduler: SchedulerMixin, settings: Settings, classes: int, seed: int
-) -> list[torch.Tensor]:
-    """fp32 samples [pictures, C, H, W] after each step, of the first few pictures."""
-    from ..integrations.sampling import sample
-
-    count = min(TRAJECTORY_PICTURES, settings.pictures)
-    seen: list[torch.Tensor] = []
-    labels, seeds = [index % classes for index in range(count)], [seed + index for index in range(count)]
-    sample(
-        model,
-        scheduler,
-        labels,
-        seeds,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        progress=False,
-        after_step=lambda x: seen.append(x.float().cpu()),
-    )
-    return seen
-
-
 def _shapes(model: nn.Module) -> dict[str, str]:
     layers = linear_layers(model) | quantized_layers(model)
     return {name: f"{layer.in_features} to {layer.out_features}" for name, layer in layers.items()}
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """To ``dtype``, but for what diffusers keeps in fp32."""
+    names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = {name: x.data for name, x in _tensors(model) if names & set(name.split("."))}
+    nn.Module.to(model, dtype=dtype)
+    for name, x in _tensors(model):
+        if name in kept:
+            x.data = kept[name]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 class Evaluation:
     """Draws and judges variants of one model.
 
     Args:
-        model: the original, in fp32; it is left as it was.
-        source: what it is called in the samples' settings.
+        sampler: samples with the original, which is left as it was, or with another in its place.
+        source: what the original is called in the samples' settings.
         directory: where the samples lie, a folder for each variant; what is there already is not drawn again.
-        decode: makes pictures in [-1, 1] of what is sampled; None: it is pictures.
         process, processes: this process, of how many that share the drawing.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        scheduler: SchedulerMixin,
+        sampler: Sampler,
         source: str,
         settings: Settings,
         directory: Path,
         judge: Judge | None = None,
-        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.model, self.scheduler, self.source, self.settings = model, scheduler, source, settings
+        (self.model,) = sampler.denoisers().values()
+        self.sampler, self.source, self.settings = sampler, source, settings
         self.directory, self.judge, self.process, self.processes = directory, judge, process, processes
-        self.decode = decode or (lambda samples: samples)
-        self.classes = model.config.num_embeds_ada_norm
         self._calibrations: dict[bool, Calibration] = {}
         self._seen: dict[Variant, torch.Tensor] = {}  # features
         self._variations: dict[Variant, float] = {}
-        self._fingerprints: dict[Path | None, str] = {None: fingerprint(model, scheduler)}  # of sources, by directory
+        beside = sampler.beside()
+        self._beside = None if beside is None else digest(beside[0], *beside[1])
+        self._fingerprints: dict[Path | None, str] = {}  # of sources, by directory
         self._last: tuple[Variant, nn.Module] | None = None
+
+    def _first(self, count: int, first_seed: int) -> tuple[list[Any], list[int]]:
+        """(subjects, seeds) of so many pictures."""
+        subjects = self.sampler.subjects
+        return [subjects[index % len(subjects)] for index in range(count)], list(range(first_seed, first_seed + count))
 
     def calibration(self, moments: bool) -> Calibration:
         """From one step, of pictures that are not compared."""
-        from ..integrations.sampling import sample
+        from ..integrations.samplers import calibrated
 
         if moments not in self._calibrations:
-            count, settings = self.settings.calibration_pictures, self.settings
-            labels = [index % self.classes for index in range(count)]
-            seeds = [CALIBRATION_SEED + index for index in range(count)]
-
-            def run() -> None:
-                sample(
-                    self.model,
-                    self.scheduler,
-                    labels,
-                    seeds,
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    progress=False,
-                )
-
-            self._calibrations[moments] = calibrate(self.model, run, settings.step, moments=moments)
+            runs = self.sampler.runs(*self._first(self.settings.calibration_pictures, CALIBRATION_SEED))
+            self._calibrations[moments] = calibrated(self.model, runs, self.settings.step, moments)
         return self._calibrations[moments]
 
     def variant_model(self, variant: Variant) -> nn.Module:
-        """A copy of the original, as ``variant`` says; the last one made is kept."""
+        """The original, or a copy of it as ``variant`` says; the last one made is kept."""
         if self._last is not None and self._last[0] == variant:
             return self._last[1]
         self._last = None  # before the next one takes its memory
@@ -205,11 +186,14 @@ class Evaluation:
             from ..integrations.source import load_source
 
             model = load_source(variant.directory, device=next(self.model.parameters()).device).transformer
-            nn.Module.to(model, variant.dtype)
+            _cast(model, self.model.dtype)
             self._check_alike(variant.directory, model)
+        elif variant.scheme is None and variant.dtype is None:
+            model = self.model
         else:
             model = copy.deepcopy(self.model)
-            nn.Module.to(model, variant.dtype)
+            if variant.dtype is not None:
+                _cast(model, variant.dtype)
         if variant.scheme is not None:
             compensated = variant.rounding == "compensated"
             calibration = self.calibration(compensated) if variant.calibrated else None
@@ -219,7 +203,7 @@ class Evaluation:
 
     def _check_alike(self, directory: Path, model: nn.Module) -> None:
         for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
-            mine, theirs = self.model.config[name], model.config.get(name)
+            mine, theirs = self.model.config.get(name), model.config.get(name)
             if mine != theirs:
                 raise ValueError(
                     f"{directory} holds another kind of model than the first source: {name} is {theirs} there, "
@@ -235,7 +219,7 @@ class Evaluation:
 
     def request(self, variant: Variant) -> Request:
         """What is drawn of ``variant``."""
-        settings = self.settings
+        settings, how = self.settings, self.sampler.how
         words = f"{self.source}: {variant.name}"
         if variant.scheme is not None:
             words += f" by ditq_kernels {__version__}, zero points {DEFAULT_ZERO_POINT}"
@@ -244,18 +228,18 @@ class Evaluation:
         return Request(
             model=words,
             fingerprint=self._fingerprint(variant.directory),
-            classes=self.classes,
+            classes=len(self.sampler.subjects),
             count=settings.pictures,
             first_seed=settings.first_seed + (OTHER_SEEDS if variant.other_seeds else 0),
-            steps=settings.steps,
-            guidance=settings.guidance,
+            steps=how.steps,
+            guidance=how.guidance,
             batch=settings.batch,
         )
 
     def _fingerprint(self, directory: Path | None) -> str:
         if directory not in self._fingerprints:
-            model = self.variant_model(Variant(str(directory), directory=directory))
-            self._fingerprints[directory] = fingerprint(model, self.scheduler)
+            model = self.variant_model(Variant(str(directory), directory=directory)) if directory else self.model
+            self._fingerprints[directory] = fingerprint(model, self.sampler.scheduler, self._beside)
         return self._fingerprints[directory]
 
     def folder(self, variant: Variant) -> Path:
@@ -272,12 +256,16 @@ class Evaluation:
         share = dict(process=self.process, processes=self.processes)
         if not on_disk.missing(request, folder, **share):
             return 0
-        model, shown = self.variant_model(variant), self.process == 0
-        return on_disk.draw(request, model, self.scheduler, folder, **share, progress=shown)
+        model, shown, subjects = self.variant_model(variant), self.process == 0, self.sampler.subjects
+
+        def sample(labels: list[int], seeds: list[int]) -> torch.Tensor:
+            return self.sampler.sample(model, [subjects[label] for label in labels], seeds)
+
+        return on_disk.draw(request, sample, folder, **share, progress=shown)
 
     def pictures(self, variant: Variant) -> Iterator[torch.Tensor]:
         """Batches of all pictures of ``variant``; they must have been drawn."""
-        return map(self.decode, on_disk.batches(self.request(variant), self.folder(variant)))
+        return map(self.sampler.decode, on_disk.batches(self.request(variant), self.folder(variant)))
 
     def first_pictures(self, variant: Variant, count: int) -> torch.Tensor:
         """The first ``count`` of :meth:`pictures`."""
@@ -318,20 +306,32 @@ class Evaluation:
             self._variations[variant] = variation(self.pictures(variant))
         return self._variations[variant]
 
-    def _by_step(self, variant: Variant, model: nn.Module) -> list[float]:
-        settings, seed = self.settings, self.request(variant).first_seed
-        changed = trajectory(model, self.scheduler, settings, self.classes, seed)
-        original = trajectory(self.model, self.scheduler, settings, self.classes, settings.first_seed)
-        return [float((x - y).norm() / y.norm()) for x, y in zip(changed, original, strict=True)]
+    def _after_steps(self, model: nn.Module, first_seed: int) -> list[torch.Tensor]:
+        """The samples after each step, of the first few pictures."""
+        return self.sampler.after_steps(model, *self._first(self._few, first_seed))
+
+    @property
+    def _few(self) -> int:
+        return min(TRAJECTORY_PICTURES, self.settings.pictures)
+
+    @cached_property
+    def _original_steps(self) -> list[torch.Tensor]:
+        return self._after_steps(self.model, self.settings.first_seed)
+
+    def _by_step(self, variant: Variant, model: nn.Module) -> list[float] | None:
+        changed = self._after_steps(model, self.request(variant).first_seed)
+        pairs = zip(changed, self._original_steps, strict=True)
+        return [float((x - y).norm() / y.norm()) for x, y in pairs] or None
 
     def _by_layer(self, model: nn.Module) -> dict[str, float]:
-        settings = self.settings
-        step = step_index(float(settings.step), settings.steps)
+        runs = self.sampler.runs(*self._first(self._few, CALIBRATION_SEED))
+        step = step_index(float(self.settings.step), self._steps)
+        return layer_snr_db(self.model, model, runs, step)
 
-        def run() -> None:
-            trajectory(self.model, self.scheduler, settings, self.classes, CALIBRATION_SEED)
-
-        return layer_snr_db(self.model, model, run, step)
+    @cached_property
+    def _steps(self) -> int:
+        """That a run has: some schedulers take others than asked for."""
+        return count_steps(self.model, self.sampler.runs(*self._first(1, CALIBRATION_SEED))[0]).steps
 
     def _features(self, variant: Variant) -> torch.Tensor:
         if variant not in self._seen:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 SETTINGS_FILE = "settings.json"
+MEANING = {"fingerprint": " (weights, scheduler, prompts or sizes are others)"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Request:
 
     Attributes:
         model: what the model is, in words: its source, scheme and rounding.
-        fingerprint: of its weights and of its scheduler, so that samples of a model that has changed since are not
-            taken for its own.
-        classes: classes taken in turn.
+        fingerprint: of its weights, its scheduler and, if it is given prompts, of all that its pictures depend on
+            besides, so that samples of a model that has changed since are not taken for its own.
+        classes: classes, or prompts, taken in turn.
         count: pictures.
         first_seed: of the first picture; the others follow.
-        steps, guidance: of the sampler.
+        steps, guidance: of the sampler; None: the pipeline's own.
         batch: pictures drawn at once.
     """
 
@@ -46,7 +47,7 @@ class Request:
     count: int
     first_seed: int
     steps: int
-    guidance: float
+    guidance: float | None
     batch: int
 
     @property
@@ -66,20 +67,25 @@ class Request:
         return directory / f"{batch.start:07d}.safetensors"
 
 
-def fingerprint(model: nn.Module, scheduler: SchedulerMixin) -> str:
-    """A digest of all that ``model`` holds, bit for bit, and of how it and ``scheduler`` are configured."""
-    # diffusers' own notes begin with _, and the order of some differs between processes.
-    config = [
-        {name: value for name, value in configured.config.items() if not name.startswith("_")}
-        for configured in (model, scheduler)
-    ]
-    settings = [type(model).__name__, type(scheduler).__name__, config]
-    settings += [{name: layer.scheme.name for name, layer in quantized_layers(model).items()}]
-    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8)
-    for name, value in model.state_dict().items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def digest(about: Any, *models: nn.Module) -> str:
+    """Of plain values, and of all that ``models`` hold, bit for bit."""
+    found = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8)
+    for model in models:
+        for name, value in model.state_dict().items():
+            found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def fingerprint(model: nn.Module, scheduler: SchedulerMixin, beside: str | None = None) -> str:
+    """A digest of all that ``model`` holds, bit for bit, of how it and ``scheduler`` are configured, and of what else
+    decides the pictures, itself a digest.
+    """
+    from ..integrations.samplers import settings_of
+
+    settings = [type(model).__name__, type(scheduler).__name__, [settings_of(model), settings_of(scheduler)]]
+    settings += [{name: layer.scheme.name for name, layer in quantized_layers(model).items()}]
+    return digest([*settings, beside] if beside else settings, model)
 
 
 def check(request: Request, directory: Path) -> bool:
@@ -95,8 +101,8 @@ def check(request: Request, directory: Path) -> bool:
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(
-                    f"{directory} holds samples with {name} = {found.get(name)}, and {value} is asked for; choose "
-                    "another directory, or remove this one"
+                    f"{directory} holds samples with {name} = {found.get(name)}, and {value} is asked for"
+                    f"{MEANING.get(name, '')}; choose another directory, or remove this one"
                 )
     return path.exists()
 
@@ -119,8 +125,7 @@ def missing(request: Request, directory: Path, process: int = 0, processes: int 
 
 def draw(
     request: Request,
-    model: nn.Module,
-    scheduler: SchedulerMixin,
+    sample: Callable[[list[int], list[int]], torch.Tensor],
     directory: Path,
     *,
     process: int = 0,
@@ -131,6 +136,7 @@ def draw(
     at all.
 
     Args:
+        sample: fp32 [B, C, H, W] on the CPU, of labels and seeds.
         process, processes: this one, of how many that share the batches.
 
     Raises:
@@ -139,22 +145,11 @@ def draw(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from ..integrations.sampling import sample
-
     _begin(request, directory)
     wanted = missing(request, directory, process, processes)
     labels, seeds = request.labels, request.seeds
     for batch in tqdm(wanted, desc=directory.name, unit="batch", file=sys.stderr, leave=False, disable=not progress):
-        samples = sample(
-            model,
-            scheduler,
-            labels[batch],
-            seeds[batch],
-            steps=request.steps,
-            guidance=request.guidance,
-            progress=False,
-        )
-        drawn = dict(samples=samples, labels=torch.tensor(labels[batch]))
+        drawn = dict(samples=sample(labels[batch], seeds[batch]), labels=torch.tensor(labels[batch]))
         with written_whole(request.path(directory, batch)) as unfinished:
             save_file(drawn, unfinished, metadata={"process": f"{process} of {processes}"})
     return len(wanted)

@@ -14,12 +14,14 @@ from ..model.conversion import ROUNDINGS
 
 @dataclass(frozen=True)
 class Variant:
-    """One model to evaluate: the original in a dtype, a scheme with a way to round, or a model of its own directory."""
+    """One model to evaluate: the original, in its own dtype (None) or another, a scheme with a way to round, or a model
+    of its own directory.
+    """
 
     name: str
     scheme: str | None = None
     rounding: str = "nearest"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     other_seeds: bool = False
     directory: Path | None = None
 

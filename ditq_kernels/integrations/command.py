@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import arguments
 from ..arguments import AddCommand
 from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration
+from .options import add_sampling_options, check_words, load_sampler
 
 if TYPE_CHECKING:
     from .samplers import Sampler
@@ -24,71 +25,19 @@ def _refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists already; choose another --out, or remove it")
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """Those of --prompt and of the lines of --prompts."""
-    found = list(args.prompt or ())
-    if args.prompts is not None:
-        try:
-            text = args.prompts.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{args.prompts} is no text in UTF-8; it takes one prompt a line") from None
-        found += [line.strip() for line in text.splitlines() if line.strip()]
-        if not found:
-            raise ValueError(f"{args.prompts} holds no prompt; it takes one a line")
-    return found
-
-
-def _check_words(args: argparse.Namespace, path: Path, needed: bool = True) -> bool:
-    """Whether what is in ``path`` is sampled with prompts; ValueError if others are given than it takes."""
-    from .samplers import takes_prompts
-
-    prompted = takes_prompts(path)
-    given = bool(_prompts(args))
-    if prompted and not given:
-        raise ValueError(f"{path} is sampled with prompts; give --prompt, or --prompts with a file of one a line")
-    if prompted and getattr(args, "classes", None):
-        raise ValueError(f"{path} is sampled with prompts, and knows no --class")
-    if not prompted and given:
-        raise ValueError(f"{path} is sampled with classes, and reads no --prompt")
-    if not prompted and needed and not args.classes:
-        raise ValueError(f"{path} is sampled with classes; give --class")
-    return prompted
-
-
-def _sampler(args: argparse.Namespace, path: Path, prompted: bool, with_vae: bool) -> Sampler:
-    from .samplers import ClassSampler, Drawing, PromptSampler
-
-    guidance = args.guidance if args.guidance is not None or prompted else args.class_guidance
-    how = Drawing(args.steps, guidance, args.height, args.width, args.frames)
-    kind = PromptSampler if prompted else ClassSampler
-    return kind(path, how, arguments.device(args.device), with_vae)
-
-
 def _calibration_run(args: argparse.Namespace, sampler: Sampler, prompted: bool) -> tuple[list[Any], list[int]]:
     """(subjects, seeds) of the pictures that calibrate."""
-    seeds = [args.seed + i for i in range(args.samples)]
-    if prompted:
-        prompts = _prompts(args)
-        return [prompts[i % len(prompts)] for i in range(args.samples)], seeds
-    (model,) = sampler.denoisers().values()
-    return [(args.seed + i * STRIDE) % model.config.num_embeds_ada_norm for i in range(args.samples)], seeds
+    first, stride = (0, 1) if prompted else (args.seed, STRIDE)
+    chosen = [(first + i * stride) % len(sampler.subjects) for i in range(args.samples)]
+    return [sampler.subjects[index] for index in chosen], [args.seed + i for i in range(args.samples)]
 
 
 def _calibrated(args: argparse.Namespace, sampler: Sampler, prompted: bool, moments: bool) -> dict[str, Calibration]:
     """Of each denoiser, from one step of each run."""
-    from tqdm import tqdm
-
-    from ..model.calibration import Calibration, calibrate
+    from .samplers import calibrated
 
     runs = sampler.runs(*_calibration_run(args, sampler, prompted))
-    calibrated = {}
-    for name, model in sampler.denoisers().items():
-        found: list[Calibration] = []
-        for run in tqdm(runs, desc="calibrate", unit="run", leave=False, disable=len(runs) == 1):
-            step = found[0].step if found and found[0].step is not None else args.step  # counted once
-            found.append(calibrate(model, run, step, moments=moments))
-        calibrated[name] = Calibration.merged(found)
-    return calibrated
+    return {name: calibrated(model, runs, args.step, moments) for name, model in sampler.denoisers().items()}
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -99,8 +48,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     path = local(args.source)
     model_directories(path)
-    prompted = _check_words(args, path, needed=False)
-    sampler = _sampler(args, path, prompted, with_vae=False)
+    prompted = check_words(args, path, needed=False)
+    sampler = load_sampler(args, path, prompted, with_vae=False)
     names = list(sampler.denoisers())
     if len(names) > 1:
         args.out.mkdir(parents=True)
@@ -145,7 +94,7 @@ def _quantize(args: argparse.Namespace) -> int:
     denoisers = [name for name in directories if is_denoiser(name)]
     needed = bool(denoisers) and (scheme.static or moments)
     runs = needed and args.calibration is None and not args.plan_only
-    prompted = _check_words(args, path, needed=False) if runs else False
+    prompted = check_words(args, path, needed=False) if runs else False
     stored = _stored_calibrations(args.calibration, denoisers) if args.calibration is not None else {}
     plans = plans_of(directories, scheme, stored)
     for name, chosen in plans.items():
@@ -155,7 +104,7 @@ def _quantize(args: argparse.Namespace) -> int:
     check_target(path, args.out)
     models: dict[str, Any] = dict(plans)
     if needed:
-        sampler = _sampler(args, path, prompted, with_vae=False) if runs else None
+        sampler = load_sampler(args, path, prompted, with_vae=False) if runs else None
         found = _calibrated(args, sampler, prompted, moments) if sampler else stored
         for name in denoisers:
             model = sampler.denoisers()[name] if sampler else load_model(path / name)
@@ -193,17 +142,13 @@ def _generate(args: argparse.Namespace) -> int:
     from .directories import local
 
     path = local(args.source)
-    prompted = _check_words(args, path)
+    prompted = check_words(args, path)
     from .sampling import save_grid
 
-    sampler = _sampler(args, path, prompted, with_vae=True)
-    if prompted:
-        subjects: list[Any] = _prompts(args)
-    else:
-        (model,) = sampler.denoisers().values()
-        subjects = [
-            _class_index(name, sampler.source.labels, model.config.num_embeds_ada_norm) for name in args.classes
-        ]
+    sampler = load_sampler(args, path, prompted)
+    subjects = sampler.subjects
+    if not prompted:
+        subjects = [_class_index(name, sampler.source.labels, len(subjects)) for name in args.classes]
     pairs = [(subject, seed) for seed in args.seed for subject in subjects]
     drawn = sampler.draw([subject for subject, _ in pairs], [seed for _, seed in pairs])
     save_grid(*_rows(drawn, len(subjects)), args.out)
@@ -223,21 +168,6 @@ def _rows(drawn: list[Any], columns: int) -> tuple[Any, int]:
     return torch.cat([frames[shown] for frames in drawn]), len(shown)
 
 
-def _sampling_options(parser: argparse.ArgumentParser, class_guidance: float) -> None:
-    parser.set_defaults(class_guidance=class_guidance)
-    parser.add_argument("--prompt", nargs="+", metavar="PROMPT", help="what to draw, for pipelines that read prompts")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
-    parser.add_argument("--steps", type=arguments.count, default=50, help="sampling steps (default: %(default)s)")
-    parser.add_argument(
-        "--guidance",
-        type=arguments.number,
-        help=f"guidance scale (default: the pipeline's own, {class_guidance} of classes)",
-    )
-    parser.add_argument("--height", type=arguments.count, help="of pictures in pixels (default: the pipeline's own)")
-    parser.add_argument("--width", type=arguments.count, help="the same")
-    parser.add_argument("--frames", type=arguments.count, help="of videos (default: the pipeline's own number)")
-
-
 def _calibration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
@@ -252,7 +182,7 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
         help="pictures in the calibration run, of prompts or classes in turn (default: %(default)s)",
     )
     parser.add_argument("--seed", type=arguments.seed, default=0, help="of the calibration run (default: %(default)s)")
-    _sampling_options(parser, 4.0)
+    add_sampling_options(parser, 4.0)
 
 
 def add_commands(command: AddCommand) -> None:
@@ -317,4 +247,4 @@ def add_commands(command: AddCommand) -> None:
         "--seed", type=arguments.seed, nargs="+", default=[0], help="one row of pictures per seed (default: 0)"
     )
     generate.add_argument("--out", type=Path, default=Path("pictures.png"), help="PNG to write (default: %(default)s)")
-    _sampling_options(generate, 2.0)
+    add_sampling_options(generate, 2.0)

@@ -25,7 +25,7 @@ ENLARGED = 2
 def build(lab: Lab, variant: Variant, steps: int) -> nn.Module:
     """The model that ``variant`` says; calibrated on a run of ``steps``."""
     model = lab.copy()
-    nn.Module.to(model, variant.dtype)
+    nn.Module.to(model, dtype=variant.dtype)
     if variant.scheme is not None:
         calibration = lab.calibration(DEFAULT_STEP, moments=True, steps=steps) if variant.calibrated else None
         quantize(model, variant.scheme, calibration, rounding=variant.rounding, progress=False)
