@@ -62,7 +62,22 @@ def adapters_to_save(model: nn.Module) -> dict[str, Any]:
     layers = adapted_layers(model).values()
     merged = {adapter for layer in layers for adapter in layer.merged_adapters}
     configs = getattr(model, "peft_config", {}) if layers else {}
-    return {name: config for name, config in configs.items() if name not in merged}
+    found = {name: config for name, config in configs.items() if name not in merged}
+    for name, config in found.items():
+        _check_kind(name, config)
+    return found
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """Raise UnsupportedError for a kind of adapter that peft does not put into a model that exists."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if tuner is None or getattr(tuner, "uses_shared_state", False):
+        raise UnsupportedError(
+            f"{name} is a {config.peft_type.value} adapter, which is not stored with a quantized model: save it by its "
+            "own save_pretrained, and the model without it"
+        )
 
 
 _STORED: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()

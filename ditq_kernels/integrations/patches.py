@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
@@ -24,6 +25,7 @@ from torch import nn
 from ..layer.concatenation import concatenated, obstacle_to_concatenation
 from ..layer.linear import QuantLinear
 from ..model.conversion import quantized_layers
+from ..model.smoothing import is_smoothed
 from . import peft
 from .quantizer import set_config
 from .saving import saving
@@ -99,12 +101,27 @@ def _seeing_weights(original: Callable) -> Callable:
     return maybe_expand_lora_state_dict
 
 
+def _warning_where_smoothed(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_lora_adapter(self: nn.Module, *args, **kwargs):
+        if is_smoothed(self):
+            warnings.warn(
+                f"this {type(self).__name__} was smoothed, which scales the inputs of layers: an adapter that was "
+                "trained for the model as it was computes on other inputs here, and draws something else",
+                stacklevel=2,
+            )
+        return original(self, *args, **kwargs)
+
+    return load_lora_adapter
+
+
 @functools.cache
 def apply() -> None:
     """Replace them; a second call does nothing."""
     peft.teach()
     for cls in (Attention, AttentionModuleMixin):
         cls.fuse_projections = _joining(cls.fuse_projections)
+    PeftAdapterMixin.load_lora_adapter = _warning_where_smoothed(PeftAdapterMixin.load_lora_adapter)
     ModelMixin.save_pretrained = saving(ModelMixin.save_pretrained, set_config)
     FluxLoraLoaderMixin._maybe_expand_lora_state_dict = classmethod(
         _seeing_weights(FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__)

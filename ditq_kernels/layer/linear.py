@@ -214,7 +214,10 @@ class QuantLinear(nn.Linear):
         if name == "weight":
             raise UnsupportedError(_NOT_ASSIGNED)
         if name in self._EXACT and param is not None and not isinstance(param, StoredPart):
-            param = StoredPart(param.detach())  # loaders make parameters of their own
+            before = self._parameters.get(name)
+            whole = before is not None and not before.is_floating_point()
+            # Loaders make parameters of their own, and older ones cast codes to floats, which hold them exactly.
+            param = StoredPart(param.detach().to(before.dtype) if whole else param.detach())
         super().register_parameter(name, param)
 
     @torch.no_grad()

@@ -88,7 +88,10 @@ class WeightView(torch.Tensor):
             if func == torch.Tensor.__setitem__:
                 return view._write(lambda seen: seen.__setitem__(*args[1:]))
             if func in (torch.Tensor.numpy, torch.Tensor.tolist):
-                return func(view.decoded(), *args[1:], **(kwargs or {}))
+                values = func(view.decoded(), *args[1:], **(kwargs or {}))
+                if func == torch.Tensor.numpy:
+                    values.setflags(write=False)  # no write would come back
+                return values
             if func in (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__):
                 if (*args[1:], *(kwargs or {}).values(), True)[0]:
                     raise UnsupportedError(_NO_GRADIENT.format(scheme=view._layer.scheme))
