@@ -50,7 +50,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
         ("conversion",),
-        ("pipelines",),
+        ("pipelines", "saturation"),
     ),
     "model/recipes": (
         ("rule",),
