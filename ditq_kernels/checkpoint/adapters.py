@@ -86,7 +86,13 @@ def load_adapters(model: nn.Module, directory: Path) -> None:
     state = json.loads(state_file.read_text())
     for folder in sorted(path.parent for path in state_file.parent.glob(f"*/{WEIGHTS_FILE}")):
         peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), model, adapter_name=folder.name)
-        peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=folder.name)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        # peft makes adapters in the dtype of their layers, and would round to it those that were trained in fp32.
+        parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+        for key, made in peft.get_peft_model_state_dict(model, adapter_name=folder.name).items():
+            if made.data_ptr() in parameters and key in tensors:
+                parameters[made.data_ptr()].data = made.to(tensors[key].dtype)
+        peft.set_peft_model_state_dict(model, tensors, adapter_name=folder.name)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
     for name, layer in adapted_layers(model).items():
