@@ -120,7 +120,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "demo": (
         ("__init__", "fashion_mnist", "classifier"),
         ("train_classifier", "train_dit", "run", "recognition", "experiments"),
-        ("report",),
+        ("report", "train_lora"),
         ("command",),
     ),
     "demo/experiments": (
