@@ -10,6 +10,7 @@ from .model.calibration import Calibration, calibrate
 from .model.pipelines import PipelinePlan, plan, quantize
 from .model.plan_entry import PlanEntry
 from .model.planning import Plan
+from .model.saturation import Saturation, SaturationWarning, saturation
 from .model.smoothing import smooth
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "Plan",
     "PlanEntry",
     "QuantLinear",
+    "Saturation",
+    "SaturationWarning",
     "Scheme",
     "UnsupportedError",
     "calibrate",
@@ -29,6 +32,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_activation",
+    "saturation",
     "save",
     "smooth",
     "use_backend",

@@ -50,7 +50,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
         ("conversion",),
-        ("pipelines",),
+        ("pipelines", "saturation"),
     ),
     "model/recipes": (
         ("rule",),
@@ -122,7 +122,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "demo": (
         ("__init__", "fashion_mnist", "classifier"),
         ("train_classifier", "train_dit", "run", "recognition", "experiments"),
-        ("report",),
+        ("report", "train_lora"),
         ("command",),
     ),
     "demo/experiments": (

@@ -261,6 +261,21 @@ def test_adapters_of_models_of_ones_own(tmp_path):
     assert json.loads((tmp_path / "model" / "adapters" / "state.json").read_text())["adapters"] == {"default": "0"}
 
 
+def test_adapters_keep_the_dtype_that_they_were_trained_in(tmp_path):
+    import peft
+
+    torch.manual_seed(3)
+    model = ditq.quantize(tiny_model().to(torch.bfloat16), "w4a16_g32", progress=False)
+    adapted = peft.get_peft_model(model, LoraConfig(r=4, target_modules=["to_q", "up"], init_lora_weights=False))
+    trained = {name: p for name, p in model.named_parameters() if "lora" in name}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    ditq.save(adapted, tmp_path / "model")
+    loaded = ditq.load(tmp_path / "model", model=tiny_model(1))
+    found = {name: p for name, p in loaded.named_parameters() if "lora" in name}
+    assert found.keys() == trained.keys() and all(p.requires_grad for p in found.values())
+    assert all(p.dtype == torch.float32 and torch.equal(p, trained[name]) for name, p in found.items())
+
+
 def test_offloaded_pipelines_are_not_saved(tmp_path):
     pipe = ditq.quantize(pipeline(), "w8a8", progress=False)
     pipe.transformer.proj_out_2.to("meta")

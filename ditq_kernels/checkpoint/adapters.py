@@ -158,6 +158,11 @@ def load_adapters(model: nn.Module, directory: Path) -> None:
         folder = directory / DIRECTORY / number
         tensors = load_file(folder / WEIGHTS_FILE)
         peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), model, adapter_name=name)
+        # peft makes adapters in the dtype of their layers, and would round to it those that were trained in fp32.
+        parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+        for key, made in peft.get_peft_model_state_dict(model, adapter_name=name).items():
+            if made.data_ptr() in parameters and key in tensors:
+                parameters[made.data_ptr()].data = made.to(tensors[key].dtype)
         peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True

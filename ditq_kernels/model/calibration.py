@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..files import written_whole
-from .observation import Observer, count_steps, linear_layers, observe_steps
+from .observation import CallObserver, Observer, count_steps, linear_layers, observe_steps
 from .steps import Steps
 
 FORMAT = "ditq-calibration"
@@ -225,18 +225,42 @@ def calibrate(
             inputs that are not finite (naming the layer), a name in ``moments`` that matches nothing, and numbers out
             of range.
     """
-    layers = _checked_layers(model, run)
-    _check_numbers(step, percentile, calls_per_step)
+    check_request(model, run)
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no unquantized linear layer to calibrate")
+    check_numbers(step, percentile, calls_per_step)
     if isinstance(moments, bool):
         moment_names: Collection[str] = layers if moments else ()
     else:
         moment_names = _matching(layers, moments)
     observer = Observer(percentile, moment_names)
     in_features = {name: layer.in_features for name, layer in layers.items()}
+    seen, index, steps = observe_chosen(model, run, step, observer, calls_per_step, layers)
+    return _calibration(model, in_features, index, steps, seen.most_calls, percentile, observer)
+
+
+def observe_chosen(
+    model: nn.Module,
+    run: Callable[[], Any],
+    step: int | float | str,
+    observer: CallObserver,
+    calls_per_step: int | None,
+    layers: Mapping[str, nn.Module],
+) -> tuple[Steps, int | None, int | None]:
+    """Show ``observer`` what ``layers`` are fed in ``step``, which is as :func:`calibrate` takes it.
+
+    Returns:
+        the steps and calls that there were, the index of the observed step (None: all), and the steps of the run where
+        they were counted.
+
+    Raises:
+        ValueError: if the run does not call the model, or the step is beyond it; and as ``observer`` does.
+    """
     if step == ALL_STEPS:
-        seen = observe_steps(model, run, 0, sys.maxsize, observer, calls_per_step)
+        seen = observe_steps(model, run, 0, sys.maxsize, observer, calls_per_step, layers=layers)
         _check_called(model, seen)
-        return _calibration(model, in_features, None, seen.steps, seen.most_calls, percentile, observer)
+        return seen, None, seen.steps
     counted, last_call, index = None, None, int(step)
     if not isinstance(step, Integral) or step < 0:
         counted = count_steps(model, run, calls_per_step)
@@ -245,12 +269,11 @@ def calibrate(
         last_call = counted.last_call(index)
     elif calls_per_step is not None:
         last_call = (index + 1) * calls_per_step
-    seen = observe_steps(model, run, index, 1, observer, calls_per_step, last_call)
+    seen = observe_steps(model, run, index, 1, observer, calls_per_step, last_call, layers)
     if seen.steps <= index or seen.calls < (last_call or 0):
         _check_called(model, seen, whole=False)
         raise ValueError(f"step {index} is beyond the run: it called the model {seen.calls} times")
-    steps = None if counted is None else counted.steps
-    return _calibration(model, in_features, index, steps, seen.most_calls, percentile, observer)
+    return seen, index, None if counted is None else counted.steps
 
 
 def _calibration(
@@ -277,21 +300,19 @@ def _calibration(
     )
 
 
-_NOT_CALLED = "run() never called the {} given to calibrate; give the model that the pipeline itself holds"
+_NOT_CALLED = "run() never called the {} given; give the model that the pipeline itself holds"
 
 
-def _checked_layers(model: nn.Module, run: Callable[[], Any]) -> dict[str, nn.Linear]:
+def check_request(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Raise TypeError unless they are what :func:`calibrate` takes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; of a pipeline, give its transformer")
     if not callable(run):
         raise TypeError(f"run must be callable without arguments, got {type(run).__name__}")
-    layers = linear_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no unquantized linear layer to calibrate")
-    return layers
 
 
-def _check_numbers(step: int | float | str, percentile: float | None, calls_per_step: int) -> None:
+def check_numbers(step: int | float | str, percentile: float | None, calls_per_step: int | None) -> None:
+    """Raise TypeError or ValueError unless they are what :func:`calibrate` takes."""
     if step != ALL_STEPS and (isinstance(step, bool) or not isinstance(step, Real)):
         raise TypeError(f'step must be an int (an index), a float (a fraction of the run) or "all", got {step!r}')
     if step != ALL_STEPS and not isinstance(step, Integral) and not 0 <= step <= 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
@@ -82,10 +82,12 @@ def observe_steps(
     observer: CallObserver,
     calls_per_step: int | None = None,
     last_call: int | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
 ) -> Steps:
     """Run until ``observer`` has seen ``count`` steps, from step ``first`` on; the steps and calls that there were.
 
-    A step is known to have ended when the next one begins, or behind the ``last_call``-th call.
+    It sees what ``layers`` are fed, by default :func:`linear_layers`. A step is known to have ended when the next one
+    begins, or behind the ``last_call``-th call.
 
     Raises:
         Whatever ``observer.see`` raises.
@@ -122,7 +124,7 @@ def observe_steps(
 
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for name, layer in linear_layers(model).items():
+        for name, layer in (linear_layers(model) if layers is None else layers).items():
             hooks.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(end).remove)
         # Compiled code would be traced again with the hooks in it; one step is quicker without.
