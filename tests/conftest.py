@@ -97,6 +97,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker("on_device")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Products as small as a test's take longer where threads share them, and how they do shows in the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def device():
     """Where kernels run: the GPU if there is one, else the CPU, interpreted."""

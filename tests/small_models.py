@@ -1,8 +1,12 @@
 """Models and sampling runs small enough for a CPU, shared by the tests of calibration, conversion and checkpoints."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+
+from ditq_kernels.model.conversion import quantized_layers
 
 
 class Block(nn.Module):
@@ -85,6 +89,17 @@ def tiny_dit(seed: int = 0):
 def dit_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 500]), torch.tensor([1, 10])
+
+
+def assert_same_bits(one: nn.Module, other: nn.Module, output: Callable[[nn.Module], torch.Tensor]) -> None:
+    """Of all that two quantized models hold, of how their layers are stored, and of what they put out."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+    stored = [[(n, x.scheme, x.dtype) for n, x in quantized_layers(model).items()] for model in (one, other)]
+    assert stored[0] == stored[1] != []
+    assert torch.equal(output(one), output(other))
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,20 +20,12 @@ import ditq_kernels as ditq
 from ditq_kernels.layer.linear import RequantizationWarning
 from ditq_kernels.model.conversion import quantized_layers, replace_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 entries = pytest.mark.parametrize("entry", PIPELINES, ids=lambda entry: entry.name)
 adaptable = pytest.mark.parametrize("entry", [e for e in PIPELINES if e.adapters], ids=lambda entry: entry.name)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CPU = torch.device("cpu")
 MULTIHEAD = {"hunyuan_dit"}  # nn.MultiheadAttention reads weights of a layer that hooks never see called
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The last bits of 16-bit layers depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantized(entry, scheme="w4a8_g32", components=None):

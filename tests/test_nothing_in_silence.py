@@ -18,17 +18,10 @@ from ditq_kernels.integrations.diffusers import DitqConfig
 from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.model.conversion import quantized_layers, replace_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENTRIES = {entry.name: entry for entry in PIPELINES}
 FLUX = ENTRIES["flux"]
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantized(scheme="w8a16_g32", components="transformer"):

@@ -1,6 +1,5 @@
 """The small pipelines are what other tests take them for."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,16 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 from small_pipelines import PIPELINES, SmallPipeline, in_own_memory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Built = tuple[SmallPipeline, DiffusionPipeline, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take longer where threads share them; how they are shared shows in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=PIPELINES, ids=lambda entry: entry.name)
