@@ -248,6 +248,14 @@ def test_where_things_are_saved(tmp_path, monkeypatch):
     assert (tmp_path / "empty" / "model_index.json").is_file()
 
 
+def test_the_one_variant_that_is_stored_is_loaded(tmp_path):
+    pipe = quantized(components=["transformer", "text_encoder"])
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert distance(draw(ditq.load(tmp_path)), draw(pipe)) < 1e-5
+    model = ditq.load(tmp_path / "transformer")
+    assert quantized_layers(model).keys() == quantized_layers(pipe.transformer).keys()
+
+
 def test_plans_of_what_is_not_there():
     pipe = FLUX.build(0)
     plan = ditq.plan(pipe, "w8a8")

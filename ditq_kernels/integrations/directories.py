@@ -45,6 +45,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def variant_of(directory: Path) -> str | None:
+    """The one variant that a model is stored in, such as "fp16" of ``model.fp16.safetensors``; None if there is a plain
+    file, which is then loaded, or several variants.
+    """
+    parts = [path.name.split(".")[1:-1] for path in directory.glob("*.safetensors")]
+    variants = {middle[0].partition("-")[0] for middle in parts if middle}
+    return variants.pop() if len(variants) == 1 and all(parts) else None
+
+
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype of most of what a model's files hold that is not quantized: diffusers' loader has no "as stored"."""
     config = read_json(directory / CONFIG_FILE)
@@ -52,9 +61,10 @@ def stored_dtype(directory: Path) -> torch.dtype:
     if isinstance(getattr(torch, str(quantized.get("dtype")), None), torch.dtype):
         return getattr(torch, quantized["dtype"])
     elements: Counter[torch.dtype] = Counter()
+    variant = variant_of(directory)
     for path in directory.glob("*.safetensors"):
-        if path.name.count(".") > 1:
-            continue  # a variant, such as .fp16.safetensors, that is not loaded
+        if path.name.count(".") > 1 and variant is None:
+            continue  # a variant that is not loaded
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (the file is no mapping)
@@ -140,7 +150,13 @@ def load_model(directory: Path, quantization: DitqConfig | None = None) -> nn.Mo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AdaptersLeftOut)  # they are attached below
-            model = cls.from_pretrained(str(directory), use_safetensors=True, dtype=stored_dtype(directory), **how)
+            model = cls.from_pretrained(
+                str(directory),
+                use_safetensors=True,
+                variant=variant_of(directory),
+                dtype=stored_dtype(directory),
+                **how,
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory} could not be loaded as a {cls.__name__}: {first_line(error)}") from None
     load_adapters(model, directory)
@@ -162,6 +178,7 @@ def load_pipeline(directory: Path) -> Any:
                 str(directory),
                 dtype={name: stored_dtype(folder) for name, folder in folders.items() if name not in older},
                 use_safetensors=True,
+                variant=next(filter(None, map(variant_of, folders.values())), None),
                 **{name: store.load(folder) for name, folder in older.items()},
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
