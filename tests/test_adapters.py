@@ -8,6 +8,7 @@ from torch import nn
 import ditq_kernels as ditq
 from ditq_kernels.layer.linear import RequantizationWarning
 from ditq_kernels.model.conversion import quantized_layers
+from ditq_kernels.model.wrappers import own_name
 
 peft = pytest.importorskip("peft")
 TARGETS = ["to_q", "to_k", "to_v", "up", "down"]
@@ -181,3 +182,16 @@ def test_a_quantized_model_is_not_quantized_again():
     rest["head"] = "w8a16"
     ditq.quantize(model, rest, progress=False)
     assert quantized_layers(model)["head"].scheme.name == "w8a16"
+
+
+def test_a_calibration_fits_a_model_that_has_got_adapters_since():
+    plain, adapted = tiny_model(), attach(tiny_model()).get_base_model()
+    calibration = ditq.calibrate(plain, tiny_run(plain), 0, moments=True)
+    ditq.plan(adapted, budget_bits=6, calibration=calibration)
+    for model in (plain, adapted):
+        ditq.quantize(model, "w4a8_g32_static", calibration, "compensated", progress=False)
+    expected = {own_name(name): layer for name, layer in quantized_layers(plain).items()}
+    found = {own_name(name): layer for name, layer in quantized_layers(adapted).items()}
+    assert found.keys() == expected.keys() != set()
+    for name, layer in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), found[name].parameters(), strict=True)), name

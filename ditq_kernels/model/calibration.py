@@ -19,6 +19,7 @@ from torch import nn
 from ..files import written_whole
 from .observation import CallObserver, Observer, count_steps, linear_layers, observe_steps
 from .steps import Steps
+from .wrappers import own_name
 
 FORMAT = "ditq-calibration"
 VERSION = 1
@@ -94,7 +95,18 @@ class Calibration:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""
         layers = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        self.check_layers(layers, type(model).__name__)
+        self.named_as_in(model).check_layers(layers, type(model).__name__)
+
+    def named_as_in(self, model: nn.Module) -> Calibration:
+        """The same with the names that layers have in ``model``, around which adapters may have come, or gone."""
+        now = {own_name(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        names = {name: now.get(own_name(name), name) for name in self.in_features}
+        if all(name == new for name, new in names.items()):
+            return self
+        by_layer = ("in_features", "amax", "moments", "tokens", "channel_amax", "rows")
+        return replace(
+            self, **{held: {names[name]: value for name, value in getattr(self, held).items()} for held in by_layer}
+        )
 
     def check_layers(self, in_features: Mapping[str, int], model: str = "model") -> None:
         """:meth:`check` on a mapping from layer names to K; ``model`` is what messages call the model."""

@@ -85,6 +85,7 @@ def convert(
     """:func:`quantize` of what :func:`check` has found right."""
     from tqdm.auto import tqdm
 
+    calibration = None if calibration is None else calibration.named_as_in(model)
     try:
         for entry in tqdm(chosen.quantized(), desc="quantize", unit="layer", leave=False, disable=not progress):
             scheme = Scheme.parse(entry.scheme)
@@ -112,6 +113,7 @@ def check(
     _check_request(model, calibration, rounding, clip)
     if calibration is not None:
         calibration.check(model)
+        calibration = calibration.named_as_in(model)
     check_plan(model, chosen)
     for entry in chosen.quantized():
         _check_layer(entry, model.get_submodule(entry.name))

@@ -230,7 +230,7 @@ def plan(
         if errors is not None:
             raise ValueError("errors choose among formats under a budget; give budget_bits too")
         return chosen
-    moments = {} if calibration is None else calibration.moments
+    moments = {} if calibration is None else calibration.named_as_in(model).moments
     if calibration is not None and not moments:
         raise ValueError("the calibration has no second moments; calibrate with moments=True")
     if calibration is not None:
