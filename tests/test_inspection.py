@@ -59,7 +59,7 @@ def found():
 
 
 @pytest.mark.parametrize("arch", inspection.ARCHITECTURES)
-def test_a_twelfth_of_the_shipped_forms_passes(arch, found):
+def test_an_eighth_of_the_shipped_forms_passes(arch, found):
     """`ditq inspect` inspects all, in some minutes more."""
     every = list(shipped.variants(arch))
     variants = {variant.name: variant for variant in (every[place] for place in inspection.places(arch, quick=True))}

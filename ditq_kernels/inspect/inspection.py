@@ -19,7 +19,7 @@ from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
-QUICK_EVERY = 12  # form of a family of architectures that a quick inspection takes
+QUICK_EVERY = 8  # form of a family of architectures that a quick inspection takes
 # The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
 # Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
 MATRIX_INSTRUCTIONS: dict[int, dict[str, tuple[str, ...]]] = {
