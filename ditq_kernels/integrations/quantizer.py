@@ -89,9 +89,12 @@ def attach(model: nn.Module, quantizer: DitqQuantizer | None = None) -> None:
 
 def set_config(model: nn.Module, config: DitqConfig | None) -> None:
     """Put ``config`` into the model's, or take ours out of it. Into the same value: libraries note there what they have
-    changed of the model, such as an adapter for pictures, and ``register_to_config`` would make another.
+    changed of the model, such as an adapter for pictures, and ``register_to_config`` would make another. A model of
+    models side by side has none.
     """
-    held = model.config
+    held = getattr(model, "config", None)
+    if held is None:
+        return
     if config is not None:
         held["quantization_config"] = held.quantization_config = config
     elif is_ours(held.get("quantization_config")):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .wrappers import bare
+from .wrappers import bare, models_side_by_side
 
 # By the package that a class, or a base of it, comes from: our module that has an ``attach(model)``. Named and not
 # imported: each needs its library, and stands above everything that quantizes.
@@ -35,8 +35,9 @@ def is_on_disk(module: nn.Module) -> bool:
 
 
 def tell(model: nn.Module) -> None:
-    """Let the library that ``model`` comes from know that it is quantized."""
+    """Let the library that ``model`` comes from know that it is quantized, or each of several side by side."""
     model = bare(model)
-    host = host_of(model)
-    if host is not None:
-        importlib.import_module(host).attach(model)
+    for one in models_side_by_side(model) or [model]:
+        host = host_of(one)
+        if host is not None:
+            importlib.import_module(host).attach(one)

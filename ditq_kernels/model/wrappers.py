@@ -55,3 +55,12 @@ def adapters_modules(model: nn.Module) -> set[nn.Module]:
         if name != own
         for module in child.modules()
     }
+
+
+def models_side_by_side(model: nn.Module) -> list[nn.Module]:
+    """Those that ``model`` is nothing but a list of, such as a pipeline's ControlNets; none of any other model. Each is
+    stored by itself, and has blocks of its own.
+    """
+    children = list(model.children())
+    together = list(children[0]) if len(children) == 1 and isinstance(children[0], nn.ModuleList) else []
+    return together if all(hasattr(one, "save_pretrained") for one in together) else []

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..wrappers import own_name
+from ..wrappers import models_side_by_side, own_name
 from .rule import Recipe, Rule
 
 # As named in diffusers (norm1.linear, norm1_context.linear, time_emb_proj) and the original DiT (adaLN_modulation.1).
@@ -22,7 +22,7 @@ def general_recipe(model: nn.Module, rows: Mapping[str, float] | None = None) ->
     of one row per sample, a modulation, takes the scheme's weights only, and so does a large one that would stay.
 
     A repeated block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` that has a sibling of its own type, and
-    holds linear layers.
+    holds linear layers. Whole models side by side are none: each has its own.
 
     Args:
         rows: rows per sample that layers are fed, by name, where that was seen; others are known by their names.
@@ -65,8 +65,9 @@ def _any_of(names: Iterable[str]) -> str:
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Name to block, of every repeated block of ``model`` that is not within another."""
     found: dict[str, nn.Module] = {}
+    together = models_side_by_side(model)
     for name, container in model.named_modules():
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or list(container) == together:
             continue
         if any(name.startswith(f"{block}.") or name == block for block in found):
             continue
