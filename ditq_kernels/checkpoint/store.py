@@ -17,7 +17,7 @@ from torch import nn
 from ..files import written_whole
 from ..layer.linear import QuantLinear
 from ..model import hosts
-from ..model.conversion import quantized_layers, replace_module
+from ..model.conversion import Places, quantized_layers
 from ..model.planning import obstacle_to
 from ..model.wrappers import bare
 from .adapters import load_adapters, save_adapters, stored_beside, without_adapters
@@ -285,10 +285,11 @@ def _check_fit(model: nn.Module, quantized: dict[str, QuantLinear], manifest: Ma
 
 
 def _replace(model: nn.Module, quantized: dict[str, QuantLinear]) -> None:
+    places = Places(model)
     for name, layer in quantized.items():
         plain = model.get_submodule(name)
         if not isinstance(plain, QuantLinear):  # a module with two names was replaced under both
-            replace_module(model, plain, layer)
+            places.replace(plain, layer)
 
 
 def _fill(model: nn.Module, file: safe_open, aliases: dict[str, str], *, progress: bool) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoint.manifest import LayerRecord
 from ..layer.linear import QuantLinear
 from ..memory import return_freed
-from ..model.conversion import check_plan, replace_module
+from ..model.conversion import Places, check_plan
 from ..model.observation import linear_layers
 from ..model.planning import plan
 from ..model.smoothing import SMOOTHED
@@ -32,6 +32,7 @@ class Loading:
         self.config, self.stored = config, config.layers is not None
         self.dtype: torch.dtype | None = None
         self._schemes: dict[str, str] = {}  # of the layers still to be quantized
+        self._places: Places | None = None
         self._bar: Any = None
 
     def choose_dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
@@ -60,11 +61,12 @@ class Loading:
         check_plan(model, chosen)
         schemes = {entry.name: entry.scheme for entry in chosen.quantized() if entry.name not in kept}
         plain = self.config.kept(schemes)
+        self._places = Places(model)
         self._schemes = {name: scheme for name, scheme in schemes.items() if name not in plain}
         self._bar = tqdm(total=len(self._schemes), desc="quantize", unit="layer", leave=False)
 
     def _put_empty_layers(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules, places = dict(model.named_modules(remove_duplicate=False)), Places(model)
         absent = [name for name in self.config.layers if not isinstance(modules.get(name), nn.Linear)]
         for name, record in self.config.layers.items():
             if name in absent:
@@ -72,7 +74,7 @@ class Loading:
             layer = LayerRecord(**record).empty_layer(name)
             if record["dtype"] == self.config.dtype:  # others are kept in another by the library
                 layer.dtype = self.dtype or layer.dtype
-            replace_module(model, modules[name], layer)
+            places.replace(modules[name], layer)
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             warnings.warn(
@@ -96,7 +98,7 @@ class Loading:
         except ValueError as error:
             self._bar.close()
             raise ValueError(f"{owner} cannot be quantized: {error}") from None
-        replace_module(model, layer, quantized)
+        self._places.replace(layer, quantized)
         del layer, weight
         return_freed()
         self._bar.update()
@@ -109,7 +111,7 @@ class Loading:
         """
         if self._bar is not None:
             self._bar.close()
-            self._bar = None  # it holds a stream, which a copy of the model could not take
+            self._bar = self._places = None  # a bar holds a stream, which a copy of the model could not take
         missing = [name for name, part in model.named_parameters() if part.is_meta]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -25,12 +25,24 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+class Places:
+    """Where the modules of ``model`` stand in it: one may be registered under several names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._of: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._of.setdefault(child, []).append((parent, name))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` wherever ``old`` stands."""
+        for parent, name in self._of.pop(old, ()):
+            setattr(parent, name, new)
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands in ``model``: a module may be registered under several names."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+    """Put ``new`` wherever ``old`` stands in ``model``; of many, :class:`Places` does it without a search for each."""
+    Places(model).replace(old, new)
 
 
 def quantize(
@@ -86,6 +98,7 @@ def convert(
     from tqdm.auto import tqdm
 
     calibration = None if calibration is None else calibration.named_as_in(model)
+    places = Places(model)
     try:
         for entry in tqdm(chosen.quantized(), desc="quantize", unit="layer", leave=False, disable=not progress):
             scheme = Scheme.parse(entry.scheme)
@@ -97,7 +110,7 @@ def convert(
                 input_moment=calibration.moments[entry.name] if rounding == "compensated" else None,
                 clip=clip,
             )
-            replace_module(model, layer, quantized)
+            places.replace(layer, quantized)
             del layer
             return_freed()
     finally:  # interrupted, it is quantized as far as it is, and must not be stored as if it were not
