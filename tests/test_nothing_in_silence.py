@@ -183,6 +183,17 @@ def test_what_is_asked_for_is_done(tmp_path):
         DitqConfig("w8a8", module_to_not_convert=["x"])
 
 
+def test_a_single_file_is_quantized_as_it_is_loaded(tmp_path):
+    FLUX.build(0).transformer.save_pretrained(tmp_path)
+    loaded = diffusers.FluxTransformer2DModel.from_single_file(
+        str(tmp_path / "diffusion_pytorch_model.safetensors"),
+        config=str(tmp_path),
+        quantization_config=DitqConfig("w8a16_g32"),
+    )
+    states = loaded.state_dict(), quantized().transformer.state_dict()
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
 def test_fused_projections(tmp_path):
     pipe = FLUX.build(0)
     pipe.transformer.fuse_qkv_projections()
