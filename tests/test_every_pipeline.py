@@ -184,6 +184,18 @@ def test_several_adapters_are_mixed_and_swapped(entry, tmp_path):
         before = drawn
 
 
+GUIDED_BY_A_SECOND_CALL = {"wan", "qwen_image", "lumina2"}
+
+
+@pytest.mark.parametrize("name", ["flux", "stable_diffusion_3", *sorted(GUIDED_BY_A_SECOND_CALL)])
+def test_calibration_sees_all_calls_of_a_step(name):
+    entry = next(entry for entry in PIPELINES if entry.name == name)
+    pipe = entry.build(0)
+    calibration = ditq.calibrate(pipe.transformer, lambda: entry.draw(pipe, 3, latent=True), 0.5)
+    assert (calibration.step, calibration.steps) == (1, 3)
+    assert calibration.calls_per_step == (2 if name in GUIDED_BY_A_SECOND_CALL else 1)
+
+
 def by_group(model):
     apply_group_offloading(model, CPU, CPU, offload_type="leaf_level")
 
