@@ -14,11 +14,13 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, get_peft_model_state_dict
 from small_pipelines import PIPELINES
+from small_transformers import small_transformer
 from torch import nn
 
 import ditq_kernels as ditq
 from ditq_kernels.layer.linear import RequantizationWarning
 from ditq_kernels.model.conversion import quantized_layers, replace_module
+from ditq_kernels.model.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 entries = pytest.mark.parametrize("entry", PIPELINES, ids=lambda entry: entry.name)
@@ -284,3 +286,18 @@ def test_another_pipeline_made_from_it_shares_its_layers(name, other):
     after = [getattr(layer, part) for layer in layers for part in names if getattr(layer, part) is not None]
     assert equal(after, kept)
     assert entry.draw(pipe, 1, latent=True).isfinite().all()
+
+
+def test_the_one_recipe_without_a_small_pipeline_compiles_too():
+    """Cosmos' pipelines do not come without a package that guards them."""
+    drawn = {type(entry.build(0).transformer).__name__ for entry in PIPELINES}
+    assert set(RECIPES) - drawn == {"CosmosTransformer3DModel"}
+    model, inputs = small_transformer("Cosmos")
+    ditq.quantize(model, "w8a8", progress=False)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert torch.equal(model(**inputs).sample, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
