@@ -80,7 +80,10 @@ def pytest_report_header():
 
 # Files of minutes come first, so that none is left to one process in the end; of these, every second keeps all cores
 # busy by itself.
-LONGEST = ("execution", "kernels", "inspection", "routes", "taken_away", "planted_faults", "emulated_kernels", "cli")
+LONGEST = (
+    *("execution", "every_pipeline", "kernels", "inspection", "routes", "every_model", "taken_away", "planted_faults"),
+    *("emulated_kernels", "cli"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
