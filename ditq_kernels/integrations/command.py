@@ -41,8 +41,7 @@ def _calibrated(args: argparse.Namespace, sampler: Sampler, prompted: bool, mome
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} exists already; choose another --out, or remove it")
+    _refuse_existing(args.out)
     from .directories import local
     from .quantizing import model_directories
 
@@ -50,11 +49,9 @@ def _calibrate(args: argparse.Namespace) -> int:
     model_directories(path)
     prompted = check_words(args, path, needed=False)
     sampler = load_sampler(args, path, prompted, with_vae=False)
-    names = list(sampler.denoisers())
-    if len(names) > 1:
-        args.out.mkdir(parents=True)
-    for name, calibration in _calibrated(args, sampler, prompted, args.moments).items():
-        file = args.out / f"{name}.safetensors" if len(names) > 1 else args.out
+    found = _calibrated(args, sampler, prompted, args.moments)
+    for name, calibration in found.items():
+        file = args.out / f"{name}.safetensors" if len(found) > 1 else args.out
         file.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(file)
         print(f"{file}: {len(calibration.amax)} layers of {calibration.model}, step {calibration.step}")

@@ -154,7 +154,7 @@ class Observer:
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, step: int, samples: int | None) -> None:
-        self.rows.begin(samples)
+        self.rows.begin(step, samples)
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """Record ``x`` [..., K], one input of the layer ``name``.
@@ -196,17 +196,6 @@ class Observer:
             self.moments[name] = self._sums[id(before)][1]
 
 
-class _RowsObserver:
-    def __init__(self) -> None:
-        self.rows = Rows()
-
-    def begin(self, step: int, samples: int | None) -> None:
-        self.rows.begin(samples)
-
-    def see(self, name: str, x: torch.Tensor) -> None:
-        self.rows.see(name, x)
-
-
 def rows_per_sample(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     """Rows of each sample that linear layers are fed in ``run``'s first call of ``model``; empty if it is not known how
     many samples there are. On the meta device that is a matter of shapes and costs no arithmetic.
@@ -214,10 +203,10 @@ def rows_per_sample(model: nn.Module, run: Callable[[], Any]) -> dict[str, float
     Raises:
         ValueError: if ``run`` does not call ``model``.
     """
-    observer = _RowsObserver()
-    if not observe_steps(model, run, 0, 1, observer, calls_per_step=1, last_call=1).calls:
+    rows = Rows()
+    if not observe_steps(model, run, 0, 1, rows, calls_per_step=1, last_call=1).calls:
         raise ValueError(f"run() never called the {type(model).__name__} whose layers it was to feed")
-    return observer.rows.per_sample
+    return rows.per_sample
 
 
 def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:

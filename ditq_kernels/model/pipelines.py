@@ -151,7 +151,7 @@ def quantize(
         wanted = list(chosen) if components is None else components
         models = models_of(model, wanted or None)
         for name in models:
-            if name not in list(chosen):
+            if name not in chosen:
                 raise ValueError(f"the plan is of {', '.join(chosen) or 'nothing'}, and has none of {name}")
     else:
         models = models_of(model, components)

@@ -22,7 +22,8 @@ def samples_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
 
 
 class Rows:
-    """Counts, for each layer, the most rows per sample that one call of the model feeds it.
+    """Counts, for each layer, the most rows per sample that one call of the model feeds it; a
+    :class:`ditq_kernels.model.observation.CallObserver`.
 
     Attributes:
         per_sample: by the layer's name; empty where the number of samples is not known.
@@ -33,8 +34,8 @@ class Rows:
         self._samples: int | None = None
         self._in_call: dict[str, int] = {}
 
-    def begin(self, samples: int | None) -> None:
-        """A call of the model with so many samples begins."""
+    def begin(self, step: int, samples: int | None) -> None:
+        """A call of the model with so many samples begins, in whichever step."""
         self._samples, self._in_call = samples, {}
 
     def see(self, name: str, x: torch.Tensor) -> None:
