@@ -15,6 +15,7 @@ import triton
 
 from ditq_kernels import cli, revision
 from ditq_kernels.inspect import execution
+from ditq_kernels.inspect.cases import products
 from ditq_kernels.kernels.config import CONFIGS
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
@@ -88,7 +89,7 @@ def test_all_processes_end_with_the_command(options):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_quick_choice_meets_every_route_and_format(arch):
     names = [case.name for case in execution.cases(arch, quick=True)]
-    for fmt in WEIGHT_FORMATS:
+    for fmt in WEIGHT_FORMATS if arch == products.QUICK_ARCHITECTURE else products.QUICK_FORMATS:
         for kind in ("i8", "16"):
             entering = "x i8" if kind == "i8" else "x (bf16|fp16)"
             assert any(_names(name, f"in_loop {fmt}", entering) for name in names), (fmt, kind)

@@ -17,19 +17,19 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}
 formats = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
 
 
-def in_types(shapes):
-    """Each shape in bf16 and, by turns, in one other type: interpreting takes time. Where kernels are compiled, each in
-    all types.
+def in_formats_and_types(shapes):
+    """Each format on each shape, in one type by turns: interpreting takes time, and `inspect --execute` computes with
+    every compiled form in its own type. Where kernels are compiled, in all types.
     """
-    by_turns = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)]
-    pairs = [(shape, t) for place, shape in enumerate(shapes) for t in (DTYPES if COMPILED else by_turns[place % 2])]
-    return pytest.mark.parametrize(
-        ("shape", "dtype"),
-        [
-            pytest.param(shape, t, id="M{}-N{}-K{}-{}".format(*shape, str(t).removeprefix("torch.")))
-            for shape, t in pairs
-        ],
-    )
+    cases = [
+        pytest.param(
+            fmt, shape, dtype, id="{}-M{}-N{}-K{}-{}".format(fmt.name, *shape, str(dtype).removeprefix("torch."))
+        )
+        for turn, fmt in enumerate(WEIGHT_FORMATS.values())
+        for place, shape in enumerate(shapes)
+        for dtype in (DTYPES if COMPILED else [DTYPES[(turn + place) % len(DTYPES)]])
+    ]
+    return pytest.mark.parametrize(("fmt", "shape", "dtype"), cases)
 
 
 def stored(fmt, out_features, in_features, device):
@@ -78,8 +78,7 @@ def test_integer_accumulators_are_bit_exact(fmt, shape, device):
     assert actual.dtype == torch.int32 and torch.equal(actual, expected)
 
 
-@in_types(SHAPES)
-@formats
+@in_formats_and_types(SHAPES)
 def test_int8_activation_products(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
@@ -95,8 +94,7 @@ def test_int8_activation_products(fmt, shape, dtype, device):
         assert torch.equal(actual, expected)
 
 
-@in_types(SHAPES)
-@formats
+@in_formats_and_types(SHAPES)
 def test_16_bit_activation_products(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
     weight, bias = stored(fmt, out_features, in_features, device)
@@ -107,8 +105,7 @@ def test_16_bit_activation_products(fmt, shape, dtype, device):
         assert_product(module.linear_a16(x, weight, bias), x, w, bias, does)
 
 
-@in_types([shape for shape in SHAPES if 1 < shape[0] < 200])
-@formats
+@in_formats_and_types([shape for shape in SHAPES if 1 < shape[0] < 200])
 def test_gradients_of_the_input(fmt, shape, dtype, device):
     rows, out_features, in_features = shape
     weight, _ = stored(fmt, out_features, in_features, device)

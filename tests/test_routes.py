@@ -64,10 +64,9 @@ def check_a16(fmt, shape, tile, device, dtypes=(torch.bfloat16, torch.float16), 
     weight, bias = stored(fmt, out_features, in_features, device)
     w = reference.dequantize(weight)
     for dtype in dtypes:
-        x = activations(rows, in_features, dtype, device)
-        for b in (None, bias) if dtype == torch.bfloat16 else (bias,):
-            y = dispatch.linear_a16(x, weight, b, silu, tile)
-            assert_product(y, x, w, b, config.arithmetic(tile, x.element_size()), silu)
+        x, b = activations(rows, in_features, dtype, device), None if dtype == torch.bfloat16 else bias
+        y = dispatch.linear_a16(x, weight, b, silu, tile)
+        assert_product(y, x, w, b, config.arithmetic(tile, x.element_size()), silu)
 
 
 @pytest.mark.parametrize("tile", SMALL, ids=str)
@@ -96,11 +95,12 @@ def test_int8_products(shape, tile, device):
     check_a8(WEIGHT_FORMATS["w8"], shape, tile, device)
 
 
-@shapes
-@formats
-def test_expanded_products(fmt, shape, device):
-    # What is multiplied has been decoded before: by descriptors or not, which the format has no part in.
-    for tile in with_descriptors(EXPANDED)[: 2 if fmt.name in ("w8_g64", "w4_g128") else 1]:
+@pytest.mark.parametrize("turn", range(len(WEIGHT_FORMATS)), ids=list(WEIGHT_FORMATS))
+def test_expanded_products(turn, device):
+    # What is multiplied has been decoded before: by descriptors or not, and of which shape, has nothing to do with the
+    # format.
+    fmt, shape = list(WEIGHT_FORMATS.values())[turn], SHAPES[turn % len(SHAPES)]
+    for tile in with_descriptors(EXPANDED):
         if fmt.two_level:
             check_a8(fmt, shape, tile, device)
         check_a16(fmt, shape, tile, device)

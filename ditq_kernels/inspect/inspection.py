@@ -98,15 +98,18 @@ def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
 
 
 def places(arch: int, quick: bool = False) -> list[int]:
-    """Which forms of ``arch`` are inspected: all; or those with a budget of instructions, and every eighth of the
-    others, by one of the architectures of its family.
+    """Which forms of ``arch`` are inspected: all; or every eighth, by one of the architectures of its family, of which
+    the first takes those with a budget of instructions too, where there is a rate to hold it against.
     """
     relatives = [one for one in ARCHITECTURES if family(one) == family(arch)] or [arch]
     first = relatives.index(arch) * QUICK_EVERY if arch in relatives else 0
+    budgets = arch == relatives[0] and None not in MACS_PER_CLOCK.get(arch, UNKNOWN_RATES)
     return [
         place
         for place, variant in enumerate(variants(arch))
-        if not quick or place % (QUICK_EVERY * len(relatives)) == first or variant.issue_budget is not None
+        if not quick
+        or place % (QUICK_EVERY * len(relatives)) == first
+        or (budgets and variant.issue_budget is not None)
     ]
 
 

@@ -13,7 +13,7 @@ from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from ..executor import cuda
 from .case import SHORT, Case, Mismatch, case_of, equal, within_budget
 from .inputs import activations, generator, stored, with_powers_of_two
-from .products import BF16, FP16, FP32
+from .products import BF16, FP16, FP32, QUICK_ARCHITECTURE
 
 FAMILY = "extension"
 DTYPES = (BF16, FP16, FP32)
@@ -43,7 +43,6 @@ QUICK_SHAPES = ((3, 72, 144), (16, 40, 2240), (16, 7, 201))
 IDENTITY_INPUTS = {16: 320, 8: 160, 4: 160}  # by the rows at a time
 CODES_SHAPES = ((4, 40, 656), (16, 33, 1040), (7, 24, 203))
 QUICK_FORMATS = ("w8_g32", "w4_g128")
-QUICK_ARCHITECTURE = 90
 
 
 def small_product(

@@ -13,7 +13,7 @@ from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from .case import SHORT, Case, Mismatch, case_of, equal, within_budget
 from .inputs import activations, generator, stored
-from .products import BF16, EVEN_INPUTS, FP16, FP32, RAGGED_INPUTS
+from .products import BF16, EVEN_INPUTS, FP16, FP32, RAGGED_INPUTS, may_be_quick
 
 EPS = 1e-6
 DTYPES = (FP32, BF16, FP16)
@@ -119,13 +119,14 @@ def cases(arch: int) -> Iterator[Case]:
     """Of all passes and formats."""
     yield from _activation_cases()
     for fmt in WEIGHT_FORMATS.values():
+        quickly = may_be_quick(fmt, arch)
         for in_features in (128, 200, EVEN_INPUTS, 1136):
             for dtype in (*DTYPES, *((torch.int8,) if fmt.two_level else ())):
                 label = f"{fmt.name} to {SHORT[dtype]} K={in_features}"
-                quick = in_features == 200 and dtype in (BF16, torch.int8)
+                quick = quickly and in_features == 200 and dtype in (BF16, torch.int8)
                 yield case_of("expansion", label, expand, fmt, in_features, dtype, quick=quick)
         for shape in ((66, 72, RAGGED_INPUTS), (17, 64, EVEN_INPUTS), (3, 200, 136)):
             for dtype in DTYPES:
                 label = f"{fmt.name} {SHORT[dtype]} {shape}"
-                quick = shape[0] == 66 and dtype == BF16
+                quick = quickly and shape[0] == 66 and dtype == BF16
                 yield case_of("gradient", label, grad_input, fmt, shape, dtype, arch, quick=quick)

@@ -25,6 +25,13 @@ A16_INPUTS = ((BF16, True), (FP16, False), (FP32, True))
 # The tile of a dense product does not know the format that its operand was expanded from: every format meets the first
 # tile, and one of each kind all of them.
 EXPANDED_WITH_EVERY_TILE = ("w8_g32", "w4_g128")
+# Of the quick cases sm_90 has every format; elsewhere four stand for all: of both widths, without groups and with them.
+QUICK_ARCHITECTURE, QUICK_FORMATS = 90, ("w8", "w4", *EXPANDED_WITH_EVERY_TILE)
+
+
+def may_be_quick(fmt: WeightFormat, arch: int) -> bool:
+    """Whether cases of ``fmt`` on ``arch`` may be among the quick ones."""
+    return arch == QUICK_ARCHITECTURE or fmt.name in QUICK_FORMATS
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,7 +123,8 @@ def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
         seen = set()
         configs = selectable(fmt, activation_bytes, max(2, activation_bytes), arch)
         # fp32 takes the routes of 16-bit activations: two formats stand for all.
-        quickly = _smallest(configs) if activation_bytes < 4 or fmt.name in EXPANDED_WITH_EVERY_TILE else set()
+        quick = may_be_quick(fmt, arch) and (activation_bytes < 4 or fmt.name in EXPANDED_WITH_EVERY_TILE)
+        quickly = _smallest(configs) if quick else set()
         for number, config in enumerate(configs):
             first = config.route not in seen
             seen.add(config.route)
