@@ -7,9 +7,11 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+
+from triton.compiler import CompiledKernel
 
 from ..kernels.config import family, shared_memory
 from .compilation import Variant, compile_variant, load
@@ -19,6 +21,7 @@ from .workers import end_with_parent
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RELATIVES = (103, 121)  # inspected when asked for: of the families of 100 and 120, whose rules they share
+FORMS_AT_ONCE = 8  # that a process compiles, and then disassembles together
 QUICK_EVERY = 8  # form of a family of architectures that a quick inspection takes
 # The matrix instructions of int8 and of 16-bit operands, by family: mma.sync, and Hopper's wgmma. Datacenter
 # Blackwell's tcgen05 has no int8 form that Triton uses, and wants tiles of at least 64 rows a warpgroup.
@@ -74,27 +77,49 @@ def _not_compiled(variant: Variant, arch: int, reason: str) -> Finding:
     return Finding(code, (f"did not compile: {reason}",))
 
 
-def inspect_variant(variant: Variant, arch: int, driver: bool = False) -> Finding:
-    """Compile one form for ``arch``, read it and judge it.
+def inspect_variants(every: Sequence[Variant], arch: int, driver: bool = False) -> list[Finding]:
+    """Compile forms for ``arch``, read and judge them.
 
     Args:
-        driver: load it on the current GPU, which is of ``arch``, as well.
+        driver: load them on the current GPU, which is of ``arch``, as well.
     """
+    compiled: dict[str, CompiledKernel] = {}
+    refused: dict[str, Finding] = {}
+    for variant in every:
+        try:
+            compiled[variant.name] = compile_variant(variant, arch)
+        except Exception as error:  # a compiler's: the finding says so
+            refused[variant.name] = _not_compiled(variant, arch, _said(error))
+    chosen = [variant for variant in every if variant.name in compiled]
     try:
-        compiled = compile_variant(variant, arch)
-        code = read(variant, arch, compiled)
-        if driver:
+        codes = read(chosen, arch, [compiled[variant.name] for variant in chosen])
+    except Exception as error:  # the disassembler's
+        return [refused.get(variant.name) or _not_compiled(variant, arch, _said(error)) for variant in every]
+    read_of = {code.name: code for code in codes}
+    return [
+        refused.get(variant.name) or _judged(variant, read_of[variant.name], compiled[variant.name], driver)
+        for variant in every
+    ]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[-300:]  # Triton's begin with the kernel's source
+
+
+def _judged(variant: Variant, code: MachineCode, compiled: CompiledKernel, driver: bool) -> Finding:
+    if driver:
+        try:
             registers, spills = load(compiled)
-            code = dataclasses.replace(code, driver_registers=registers, driver_spills=spills)
-    except Exception as error:  # a compiler's, the disassembler's or the driver's: the finding says so
-        said = " ".join(str(error).split())[-300:]  # Triton's begin with the kernel's source
-        return _not_compiled(variant, arch, f"{type(error).__name__}: {said}")
+        except Exception as error:
+            return _not_compiled(variant, code.arch, _said(error))
+        code = dataclasses.replace(code, driver_registers=registers, driver_spills=spills)
     return Finding(code, tuple(failures(variant, code)))
 
 
-def _inspect_index(index: int, arch: int, driver: bool) -> Finding:
-    """The ``index``-th form of ``arch``: a number crosses to another process where a kernel could not."""
-    return inspect_variant(list(variants(arch))[index], arch, driver)
+def _inspect_places(where: Sequence[int], arch: int, driver: bool) -> list[Finding]:
+    """The forms of ``arch`` in these places: numbers cross to another process where kernels could not."""
+    every = list(variants(arch))
+    return inspect_variants([every[place] for place in where], arch, driver)
 
 
 def places(arch: int, quick: bool = False) -> list[int]:
@@ -113,6 +138,10 @@ def places(arch: int, quick: bool = False) -> list[int]:
     ]
 
 
+def _batches(places: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
 def count(architectures: Iterable[int], quick: bool = False) -> int:
     """How many findings :func:`inspect` yields."""
     return sum(len(places(arch, quick)) for arch in architectures)
@@ -125,7 +154,7 @@ def inspect(
     minor), in order, compiled by ``workers`` processes (default: one a core). A form that ends its compiler's process
     is a finding too.
     """
-    jobs = [(index, arch, driver) for arch in architectures for index in places(arch, quick)]
+    jobs = [(some, arch, driver) for arch in architectures for some in _batches(places(arch, quick), FORMS_AT_ONCE)]
     workers = workers or os.cpu_count() or 1
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     try:
@@ -133,14 +162,15 @@ def inspect(
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
                 try:
-                    for finding in pool.map(_inspect_index, *zip(*jobs, strict=True)):
+                    for findings in pool.map(_inspect_places, *zip(*jobs, strict=True)):
                         del jobs[0]
-                        yield finding
+                        yield from findings
                 except BrokenProcessPool:
-                    if workers == 1:
-                        index, arch, _ = jobs.pop(0)
-                        yield _not_compiled(list(variants(arch))[index], arch, "the compiler's process ended")
-                    workers = 1  # of several at work nobody knows which it was
+                    if workers == 1 and len(jobs[0][0]) == 1:
+                        (place,), arch, _ = jobs.pop(0)
+                        yield _not_compiled(list(variants(arch))[place], arch, "the compiler's process ended")
+                    else:  # of several at work nobody knows which it was
+                        workers, jobs = 1, [([place], arch, driver) for some, arch, driver in jobs for place in some]
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment

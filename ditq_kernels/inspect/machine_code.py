@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +121,7 @@ class Instruction:
 
 
 def instructions(listing: str) -> list[Instruction]:
-    """The instructions of a ``cuobjdump -sass`` listing, in order."""
+    """The instructions of a disassembler's listing, in order."""
     return [Instruction(int(at, 16), bool(guard), text) for at, guard, text in _INSTRUCTION.findall(listing)]
 
 
@@ -153,12 +157,43 @@ def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
     return round(len(turn) * warps / SCHEDULERS / (sum(macs) * groups / rate), 3)
 
 
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def _run(tool: str, *options: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *options], capture_output=True, text=True, check=True).stdout
 
 
-def _dump(what: str, path: str) -> str:
-    return subprocess.run([_tool("cuobjdump"), what, path], capture_output=True, text=True, check=True).stdout
+def _resources(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run("cuobjdump", "-res-usage", file.name)
+
+
+def _binary(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin, which is an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * number) for number in range(count)]
+    names_begin = sections[names][4]
+    for name, _, _, _, begin, length in sections:
+        if cubin.startswith(b".text.", names_begin + name):
+            return cubin[begin : begin + length]
+    raise ValueError("the compiler's file holds no kernel")
+
+
+def disassemble(cubins: Sequence[bytes], arch: int) -> list[list[Instruction]]:
+    """The instructions of each kernel. One disassembly of all: it takes half a second to begin one."""
+    binaries = [_binary(cubin) for cubin in cubins]
+    found: list[list[Instruction]] = [[] for _ in cubins]
+    if binaries:
+        ends = list(itertools.accumulate(map(len, binaries)))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(binaries))
+            file.flush()
+            listing = _run("nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+        for instruction in instructions(listing):
+            found[bisect.bisect(ends, instruction.address)].append(instruction)
+    return found
 
 
 def left_operand(matrix: list[Instruction]) -> str | None:
@@ -167,16 +202,24 @@ def left_operand(matrix: list[Instruction]) -> str | None:
     return "shared" if "shared" in places else next(iter(places), None)
 
 
-def read(variant: Variant, arch: int, compiled: CompiledKernel) -> MachineCode:
-    """What the machine code of ``variant`` says, which was compiled for ``arch`` (10 * major + minor)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        resources = _dump("-res-usage", file.name)
-        # Without a stack nothing is spilled, and without a matrix product nothing else is asked: disassembling takes as
-        # long as compiling.
-        listed = variant.matrix is not None or variant.issue_budget or "STACK:0 " not in resources
-        code = instructions(_dump("-sass", file.name)) if listed else []
+def read(variants: Sequence[Variant], arch: int, compiled: Sequence[CompiledKernel]) -> list[MachineCode]:
+    """What the machine code of each of ``variants`` says, which were compiled for ``arch`` (10 * major + minor)."""
+    resources = [_resources(one.asm["cubin"]) for one in compiled]
+    # Without a stack nothing is spilled, and without a matrix product nothing else is asked.
+    listed = [
+        variant.matrix is not None or variant.issue_budget is not None or "STACK:0 " not in used
+        for variant, used in zip(variants, resources, strict=True)
+    ]
+    codes = iter(disassemble([one.asm["cubin"] for one in itertools.compress(compiled, listed)], arch))
+    return [
+        _read(variant, arch, one, used, next(codes) if is_listed else [])
+        for variant, one, used, is_listed in zip(variants, compiled, resources, listed, strict=True)
+    ]
+
+
+def _read(
+    variant: Variant, arch: int, compiled: CompiledKernel, resources: str, code: list[Instruction]
+) -> MachineCode:
     matrix = [instruction for instruction in code if instruction.is_matrix]
     turn = main_loop(code)
     return MachineCode(
