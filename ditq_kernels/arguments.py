@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-from .model.calibration import ALL_STEPS
+from .model.chosen_steps import ALL_STEPS
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "103", "120", "121")
 # How each command adds itself: (name, run, help, examples, device=True); ``run`` takes the arguments and returns the
@@ -28,16 +28,18 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def step(text: str) -> int | float | str:
-    """A step of a run: an index, a fraction, or all of them."""
+def step(text: str) -> int | float | str | tuple[int | float, ...]:
+    """A step of a run: an index or a fraction; several with commas between; or all of them."""
     if text == ALL_STEPS:
         return text
     try:
-        return int(text) if text.removeprefix("-").isdecimal() else float(text)
+        found = tuple(int(part) if part.removeprefix("-").isdecimal() else float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no step: an index, negative from the end, a fraction of the run, or {ALL_STEPS!r}"
+            f"{text!r} is no step: an index (negative from the end), a fraction of the run, several with commas, or "
+            f"{ALL_STEPS!r}"
         ) from None
+    return found if len(found) > 1 else found[0]
 
 
 def fraction(text: str) -> float:

@@ -47,6 +47,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("recipes", "budget", "plan_entry"),
         ("hosts", "steps"),
         ("observation",),
+        ("chosen_steps",),
         ("calibration", "plan_table"),
         ("planning", "smoothing"),
         ("conversion",),
@@ -129,7 +130,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "records", "simulated", "distribution"),
         ("lab", "tables"),
         ("calibration", "combinations", "layers", "peers", "plots", "positions", "remedies", "weights"),
-        ("moments", "page"),
+        ("moment_steps", "moments", "page"),
         ("__main__",),
     ),
 }

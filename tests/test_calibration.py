@@ -1,15 +1,24 @@
 """Calibration watches exactly one step, leaves no trace on the model, and says clearly what is wrong."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import TinyModel, tiny_inputs, tiny_model, tiny_run
 from torch import nn
 
 from ditq_kernels.layer.linear import QuantLinear
-from ditq_kernels.model.calibration import Calibration, calibrate, moment_bytes
+from ditq_kernels.model.calibration import (
+    DEFAULT_MOMENT_STEPS,
+    DEFAULT_STEP,
+    Calibration,
+    calibrate,
+    moment_bytes,
+)
+from ditq_kernels.model.chosen_steps import step_index
 from ditq_kernels.model.observation import largest_magnitude, linear_layers, second_moment
 
 
@@ -74,6 +83,66 @@ def test_two_calls_make_one_step():
     for name, moment in result.moments.items():
         assert torch.equal(moment, second_moment(first[name]) + second_moment(second[name]))
     assert result.moments["blocks.0.to_q"] is result.moments["blocks.0.to_v"]
+
+
+@pytest.mark.parametrize("steps", [(1, 3), (3, 1), (0.2, 0.7), (0.7, -4), [3, 1, 2]])
+def test_moments_of_several_steps_and_ranges_of_the_first(steps):
+    model = tiny_model()
+    counted = any(isinstance(step, float) or step < 0 for step in steps)
+    result = calibrate(model, tiny_run(model), steps, moments=True)
+    of = {0.2: 1, 0.7: 3, -4: 1}
+    indices = tuple(of.get(step, step) for step in steps)
+    seen = {index: inputs_at(model, index) for index in indices}
+    assert (result.step, result.moment_steps, result.steps) == (indices[0], indices, 5 if counted else None)
+    assert result.amax == {name: float(x.abs().max()) for name, x in seen[indices[0]].items()}
+    for name, channels in result.channel_amax.items():
+        assert torch.equal(channels, seen[indices[0]][name].abs().flatten(0, -2).amax(0))
+    for name, moment in result.moments.items():
+        assert torch.equal(moment, sum(second_moment(seen[index][name]) for index in sorted(indices)))
+        assert result.tokens[name] == len(indices) * (2 if "modulation" in name else 10)
+    assert result.observed == indices
+    again = calibrate(model, tiny_run(model), result.observed, moments=True)
+    assert again.amax == result.amax and all(torch.equal(again.moments[n], m) for n, m in result.moments.items())
+
+
+def test_several_steps_are_one_run_that_ends_behind_the_last():
+    model = tiny_model()
+    calibrate(model, tiny_run(model, steps=40), (0.2, 0.1), moments=True)
+    assert model.forwards == 1 + 9  # counted by one, and up to step 8
+    model = tiny_model()
+    result = calibrate(model, tiny_run(model, steps=40), (0.2, 0.5))
+    assert model.forwards == 1 + 9 and result.moment_steps == (), (
+        "without moments the first step is all there is to see"
+    )
+
+
+def test_the_defaults():
+    model = tiny_model()
+    ranges, moments = calibrate(model, tiny_run(model)), calibrate(model, tiny_run(model), moments=True)
+    assert (ranges.step, ranges.moment_steps) == (step_index(DEFAULT_STEP, 5), ())
+    assert moments.moment_steps == tuple(step_index(step, 5) for step in DEFAULT_MOMENT_STEPS)
+    only = calibrate(model, tiny_run(model, steps=1), moments=True)  # where both are the same step
+    assert (only.step, only.moment_steps, only.tokens["blocks.0.to_q"]) == (0, (), 10)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "said"),
+    [
+        ((0.4, 0.41), ValueError, "0.4 and 0.41 are both step 2 of a run of 5; give each step once"),
+        ((1, 1), ValueError, "1 and 1 are both step 1; give each step once"),
+        ((1, 7), ValueError, "step 7 is beyond the run: it called the model 5 times"),
+        ((0.4, 5), ValueError, "step 5 is beyond the run: it has 5 steps"),
+        ((0.4, 1.5), ValueError, "must lie in"),
+        ((), ValueError, "no step is given"),
+        ((0.4, "all"), TypeError, "got 'all'"),
+        ("0.4,0.8", TypeError, "got '0.4,0.8'"),
+    ],
+)
+def test_steps_that_are_none(step, error, said):
+    model = tiny_model()
+    with pytest.raises(error, match=re.escape(said)):
+        calibrate(model, tiny_run(model), step, moments=True)
+    assert hook_count(model) == 0
 
 
 def guided_run(model, steps=4, guided=(0, 1), by_name=False):
@@ -308,9 +377,10 @@ def test_check_refuses_another_model():
         result.check(model)
 
 
-def test_save_and_load_give_the_same_calibration(tmp_path):
+@pytest.mark.parametrize("step", [0.5, (0.5, 0.9), "all"])
+def test_save_and_load_give_the_same_calibration(tmp_path, step):
     model = tiny_model()
-    result = calibrate(model, tiny_run(model), 0.5, percentile=99.5, moments=True)
+    result = calibrate(model, tiny_run(model), step, percentile=99.5, moments=True)
     result.save(tmp_path / "cal.safetensors")
     result.save(tmp_path / "cal.safetensors")  # replaces
     assert [path.name for path in tmp_path.iterdir()] == ["cal.safetensors"]
@@ -324,6 +394,18 @@ def test_save_and_load_give_the_same_calibration(tmp_path):
     assert list(moments) == list(loaded_moments)
     assert all(torch.equal(moments[name], loaded_moments[name]) for name in moments)
     assert loaded_moments["blocks.0.to_q"] is loaded_moments["blocks.0.to_k"]
+
+
+def test_a_calibration_of_the_first_version_is_of_one_step(tmp_path):
+    model = tiny_model()
+    calibrate(model, tiny_run(model), 2, moments=True).save(tmp_path / "now")
+    with safe_open(tmp_path / "now", framework="pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    record = json.loads(header["calibration"])
+    del record["moment_steps"]
+    save_file(tensors, tmp_path / "before", metadata=header | dict(version="1", calibration=json.dumps(record)))
+    loaded = Calibration.load(tmp_path / "before")
+    assert (loaded.step, loaded.moment_steps, loaded.observed) == (2, (), 2)
 
 
 def test_shared_moments_are_stored_once(tmp_path):
@@ -347,7 +429,7 @@ def test_load_refuses_what_is_no_calibration(tmp_path):
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="but not a calibration"):
         Calibration.load(path)
-    save_file({}, path, metadata={"format": "ditq-calibration", "version": "2"})
+    save_file({}, path, metadata={"format": "ditq-calibration", "version": "3"})
     with pytest.raises(ValueError, match="newer ditq_kernels; upgrade"):
         Calibration.load(path)
     damaged = {"format": "ditq-calibration", "version": "1", "moments": "{}", "calibration": json.dumps({"step": 1})}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..layer.formats import Scheme
-from ..model.calibration import DEFAULT_STEP, step_index
+from ..model.calibration import DEFAULT_STEP
+from ..model.chosen_steps import step_index
 from ..model.planning import Plan, plan
 from .observe import Observation, observe_run
 from .sensitivity import Forms, Losses, draw_losses, forms_of, output_losses, squared_errors

@@ -140,7 +140,7 @@ def observe_run(
         for name, module in attention_modules(model).items():
             observation.attention[name] = AttentionStatistics()
             _watch_attention(name, module, observer, hooks)
-        observe_steps(model, run, 0, counted.steps, observer, calls_per_step, counted.calls)
+        observe_steps(model, run, range(counted.steps), observer, calls_per_step, counted.calls)
     if not observation.inputs:
         raise ValueError(
             f"the run called the {type(model).__name__}, but none of its linear layers; layers whose weights are used "

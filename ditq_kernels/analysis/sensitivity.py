@@ -104,7 +104,7 @@ def output_losses(
         amax: calibrated reach by layer, for static schemes.
     """
     observer = _OutputObserver(linear_layers(model), forms, amax)
-    observe_steps(model, run, step, 1, observer, calls_per_step)
+    observe_steps(model, run, [step], observer, calls_per_step)
     return {
         name: {scheme: Loss(signal_to_noise(powers.signal, noise)) for scheme, noise in powers.noise.items()}
         for name, powers in observer.powers.items()

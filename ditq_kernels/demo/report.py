@@ -147,7 +147,8 @@ def environment(settings: Settings) -> dict[str, str | int | None]:
 def _page(
     results: list[Result], calibration: Calibration, settings: Settings, floor: float | None, machine: dict
 ) -> str:
-    steps = f"step {calibration.step} of {calibration.steps}"
+    summed = " and ".join(map(str, calibration.moment_steps or (calibration.step,)))
+    steps = f"of {calibration.steps} steps ranges from {calibration.step}, moments from {summed}"
     implementation = results[-1].backend
     meaning = {"reference": "the CPU implementation", "triton": "the Triton kernels"}.get(
         implementation, implementation
@@ -156,7 +157,7 @@ def _page(
         "# Quantizing the embedded diffusion transformer",
         "",
         f"{len(settings.labels)} pictures per row, the same classes and seeds in each, {settings.steps} DDIM steps, "
-        f"guidance {settings.guidance:g}. Activations and moments were calibrated from one sampling step ({steps}).",
+        f"guidance {settings.guidance:g}. Activations and moments were calibrated in one sampling run ({steps}).",
         f"The quantized layers ran on {meaning}, on {machine['device']}.",
         "",
         "![samples](samples.png)",
@@ -197,7 +198,7 @@ def write_report(results: list[Result], calibration: Calibration, settings: Sett
             made_by=MADE_BY,
             environment=machine,
             settings=asdict(settings),
-            calibration=dict(step=calibration.step, steps=calibration.steps),
+            calibration=dict(step=calibration.step, steps=calibration.steps, moment_steps=calibration.moment_steps),
             other_seed_psnr_db=floor,
             rows=[{name: value for name, value in vars(result).items() if name != "pictures"} for result in results],
         )

@@ -21,7 +21,7 @@ from ..integrations.sampling import sample
 from ..integrations.source import Source, load_source
 from ..layer.backend import selected_backend
 from ..layer.formats import RECOMMENDED
-from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
+from ..model.calibration import DEFAULT_PICTURES, Calibration, calibrate
 from ..model.conversion import quantize, quantized_layers
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
@@ -103,7 +103,7 @@ def _compare(samples: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
 
 
 def calibrate_source(source: Source, settings: Settings) -> Calibration:
-    """One step of a run that draws the classes in turn, with second moments."""
+    """Ranges and second moments of a run that draws the classes in turn, by the defaults."""
     labels = [index % settings.classes for index in range(DEFAULT_PICTURES)]
     seeds = [10_000 + index for index in range(DEFAULT_PICTURES)]  # not the seeds that are compared
 
@@ -118,7 +118,7 @@ def calibrate_source(source: Source, settings: Settings) -> Calibration:
             progress=False,
         )
 
-    return calibrate(source.transformer, run, DEFAULT_STEP, moments=True)
+    return calibrate(source.transformer, run, moments=True)
 
 
 def run_variant(

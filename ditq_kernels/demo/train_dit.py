@@ -50,12 +50,12 @@ WARMUP_STEPS = 200
 STATE_EVERY = 250
 
 
-def build_model(seed: int) -> DiTTransformer2DModel:
-    """The untrained model, its modulation and final projections zero (adaLN-zero, Peebles and Xie, arXiv
-    2212.09748).
+def build_model(seed: int, heads: int = MODEL["num_attention_heads"]) -> DiTTransformer2DModel:
+    """The untrained model, 64 channels wide for each of ``heads``; its modulation and final projections zero
+    (adaLN-zero, Peebles and Xie, arXiv 2212.09748).
     """
     torch.manual_seed(seed)
-    model = DiTTransformer2DModel(**MODEL)
+    model = DiTTransformer2DModel(**{**MODEL, "num_attention_heads": heads})
     for linear in [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_1, model.proj_out_2]:
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
@@ -101,19 +101,19 @@ def save_model(model: DiTTransformer2DModel, ema: EMAModel, scheduler: DDIMSched
     """Write the averaged weights in fp16 with the scheduler's configuration beside them; ``model`` keeps its own
     weights.
     """
-    averaged = build_model(seed=0)
+    averaged = build_model(0, model.config.num_attention_heads)
     ema.copy_to(averaged.parameters())
     averaged.half().save_pretrained(out)
     scheduler.save_pretrained(out / "scheduler")
     (out / LABEL_FILE).write_text(json.dumps(fashion_mnist.CLASS_NAMES) + "\n")
 
 
-def train(out: Path, data: Path, steps: int, batch: int, peak_rate: float, seed: int) -> None:
+def train(out: Path, data: Path, steps: int, batch: int, peak_rate: float, seed: int, heads: int) -> None:
     """Train for ``steps`` steps of ``batch`` pictures and write model, scheduler and ``training.json`` to ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     pictures, labels = fashion_mnist.load("train", data)
     scheduler = DDIMScheduler(**SCHEDULE)
-    model = build_model(seed)
+    model = build_model(seed, heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = EMAModel(model.parameters(), decay=EMA_DECAY)
     first, seconds, running = 0, 0.0, None
@@ -178,8 +178,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--heads",
+        type=int,
+        default=MODEL["num_attention_heads"],
+        help="of 64 channels each: a model of another size (default: %(default)s)",
+    )
     args = parser.parse_args()
-    train(args.out, args.data, args.steps, args.batch, args.learning_rate, args.seed)
+    train(args.out, args.data, args.steps, args.batch, args.learning_rate, args.seed, args.heads)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import arguments
 from ..arguments import AddCommand
 from ..integrations.options import add_sampling_options, check_words, load_sampler
+from ..model.calibration import DEFAULT_MOMENT_STEPS, DEFAULT_STEP
 from ..model.conversion import ROUNDINGS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
         **(dict(prompts=sampler.subjects, height=args.height, width=args.width) if prompted else {}),
         seed=args.seed,
         judge=judge and judge.name,
-        calibration=dict(step=settings.step, pictures=settings.calibration_pictures),
+        calibration=dict(step=DEFAULT_STEP, moment_steps=DEFAULT_MOMENT_STEPS, pictures=settings.calibration_pictures),
         zero_point=DEFAULT_ZERO_POINT,
         fingerprint=evaluation.request(wanted[0]).fingerprint,
         torch=torch.__version__,

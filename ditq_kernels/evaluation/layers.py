@@ -40,5 +40,5 @@ def layer_snr_db(model: nn.Module, other: nn.Module, runs: Iterable[Callable[[],
     """
     observer = _Beside(model, other)
     for run in runs:
-        observe_steps(model, run, step, 1, observer)
+        observe_steps(model, run, [step], observer)
     return {name: signal_to_noise(signal, noise) for name, (signal, noise) in observer.powers.items()}

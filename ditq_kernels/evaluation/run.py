@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import __version__
 from ..layer.quantizer import DEFAULT_ZERO_POINT
-from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, step_index
+from ..model.calibration import DEFAULT_MOMENT_STEPS, DEFAULT_PICTURES, DEFAULT_STEP, Calibration
+from ..model.chosen_steps import step_index
 from ..model.conversion import quantize, quantized_layers
 from ..model.observation import count_steps, linear_layers
 from . import samples as on_disk
@@ -47,14 +48,14 @@ class Settings:
 
     Attributes:
         pictures: of each; batch: how many of them are drawn at once.
-        calibration_pictures, step: of the run that calibrates, and the position in it.
+        calibration_pictures: of the run that calibrates, at the steps that :func:`~ditq_kernels.calibrate` takes by
+            default.
     """
 
     pictures: int
     batch: int = 50
     first_seed: int = 0
     calibration_pictures: int = DEFAULT_PICTURES
-    step: float = DEFAULT_STEP
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,12 @@ class Evaluation:
         return [subjects[index % len(subjects)] for index in range(count)], list(range(first_seed, first_seed + count))
 
     def calibration(self, moments: bool) -> Calibration:
-        """From one step, of pictures that are not compared."""
+        """Of pictures that are not compared."""
         from ..integrations.samplers import calibrated
 
         if moments not in self._calibrations:
             runs = self.sampler.runs(*self._first(self.settings.calibration_pictures, CALIBRATION_SEED))
-            self._calibrations[moments] = calibrated(self.model, runs, self.settings.step, moments)
+            self._calibrations[moments] = calibrated(self.model, runs, None, moments)
         return self._calibrations[moments]
 
     def variant_model(self, variant: Variant) -> nn.Module:
@@ -224,7 +225,8 @@ class Evaluation:
         if variant.scheme is not None:
             words += f" by ditq_kernels {__version__}, zero points {DEFAULT_ZERO_POINT}"
         if variant.calibrated:
-            words += f", calibrated at {settings.step} on {settings.calibration_pictures} pictures"
+            at = DEFAULT_MOMENT_STEPS if variant.rounding == "compensated" else DEFAULT_STEP
+            words += f", calibrated at {at} on {settings.calibration_pictures} pictures"
         return Request(
             model=words,
             fingerprint=self._fingerprint(variant.directory),
@@ -325,7 +327,7 @@ class Evaluation:
 
     def _by_layer(self, model: nn.Module) -> dict[str, float]:
         runs = self.sampler.runs(*self._first(self._few, CALIBRATION_SEED))
-        step = step_index(float(self.settings.step), self._steps)
+        step = step_index(DEFAULT_STEP, self._steps)
         return layer_snr_db(self.model, model, runs, step)
 
     @cached_property

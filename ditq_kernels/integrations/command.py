@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import arguments
 from ..arguments import AddCommand
-from ..model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration
+from ..model.calibration import DEFAULT_MOMENT_STEPS, DEFAULT_PICTURES, DEFAULT_STEP, Calibration
 from .options import add_sampling_options, check_words, load_sampler
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _calibration_run(args: argparse.Namespace, sampler: Sampler, prompted: bool)
 
 
 def _calibrated(args: argparse.Namespace, sampler: Sampler, prompted: bool, moments: bool) -> dict[str, Calibration]:
-    """Of each denoiser, from one step of each run."""
+    """Of each denoiser, from one step of each run, or several."""
     from .samplers import calibrated
 
     runs = sampler.runs(*_calibration_run(args, sampler, prompted))
@@ -54,7 +54,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         file = args.out / f"{name}.safetensors" if len(found) > 1 else args.out
         file.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(file)
-        print(f"{file}: {len(calibration.amax)} layers of {calibration.model}, step {calibration.step}")
+        of = calibration.moment_steps or (calibration.step,)
+        named = f"step{'s' * (len(of) > 1)} {', '.join(map(str, of))}" if calibration.step is not None else "all steps"
+        print(f"{file}: {len(calibration.amax)} layers of {calibration.model}, {named}")
     return 0
 
 
@@ -169,8 +171,9 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         type=arguments.step,
-        default=DEFAULT_STEP,
-        help='the step to calibrate on: index, fraction, or "all" (default: %(default)s)',
+        help='the step to calibrate on: index, fraction, "all", or several with commas between, of which the first '
+        f"gives ranges and all give second moments (default: {DEFAULT_STEP}, for compensated rounding "
+        f"{','.join(map(str, DEFAULT_MOMENT_STEPS))})",
     )
     parser.add_argument(
         "--samples",

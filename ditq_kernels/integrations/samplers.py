@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ..model.calibration import Calibration, calibrate
+from ..model.chosen_steps import StepChoice
 from ..model.pipelines import is_denoiser, models_of
 from ..model.steps import TIME
 from .directories import CONFIG_FILE, PIPELINE_FILE, first_line, read_json
@@ -234,14 +235,14 @@ def settings_of(configured: Any) -> dict[str, Any]:
 
 
 def calibrated(
-    model: nn.Module, runs: Sequence[Callable[[], Any]], step: int | float | str, moments: bool
+    model: nn.Module, runs: Sequence[Callable[[], Any]], step: StepChoice | None, moments: bool
 ) -> Calibration:
-    """From one step of each of ``runs``, which all have as many steps."""
+    """From one step of each of ``runs``, or several, as :func:`calibrate` takes them; all runs have as many steps."""
     found: Calibration | None = None
     for run in tqdm(runs, desc="calibrate", unit="run", leave=False, disable=len(runs) == 1):
         if found is None:
             found = calibrate(model, run, step, moments=moments)
-            step = step if found.step is None else found.step  # counted once
+            step = found.observed  # counted once
         else:
             found = Calibration.merged([found, calibrate(model, run, step, moments=moments)])
     return found

@@ -1,11 +1,11 @@
-"""Calibration from one step of one sampling run (arXiv 2406.11100): what each linear layer is fed there."""
+"""Calibration from one step of one sampling run (arXiv 2406.11100): what each linear layer is fed there. Second
+moments, for compensated rounding, may be of several steps of that run.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,30 +17,31 @@ import torch
 from torch import nn
 
 from ..files import written_whole
-from .observation import CallObserver, Observer, count_steps, linear_layers, observe_steps
-from .steps import Steps
+from .chosen_steps import ALL_STEPS, StepChoice, check_steps, choose_steps, observe_chosen, several
+from .observation import Observer, linear_layers
 from .wrappers import own_name
 
 FORMAT = "ditq-calibration"
-VERSION = 1
-DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for both
-ALL_STEPS = "all"
+VERSION = 2
+DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for these
+DEFAULT_MOMENT_STEPS = (0.4, 0.8)  # where there are second moments; ranges are then of the first
 DEFAULT_PICTURES = 20  # of a calibration run; `calibrate` takes whatever its run draws
 CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
 
 @dataclass(eq=False)
 class Calibration:
-    """What the linear layers of a model were fed in one sampling step.
+    """What the linear layers of a model were fed in one sampling step, or in several.
 
     Attributes:
         model: the name of the model's class.
         in_features: K of every unquantized linear layer of the model, called in that step or not.
         step, steps: the step observed, None if all were; and the steps of the run where they were counted (else None).
+        moment_steps: those that moments and tokens are of, if they are several; ranges are of ``step``, their first.
         calls_per_step: most calls of the model that made one step.
         percentile: of the magnitudes, taken as ``amax``; None means the largest.
         amax: largest input magnitude of each layer that was called in the step.
-        moments: fp32 [K, K], the sum of ``x x^T`` over the step's tokens; layers fed the same input share one tensor.
+        moments: fp32 [K, K], the sum of ``x x^T`` over the steps' tokens; layers fed the same input share one tensor.
         tokens: rows that each layer was fed.
         channel_amax: fp32 [K], the largest magnitude of each of a layer's input channels, whatever ``percentile`` is.
         rows: the most rows per sample that one call of the model fed each layer: 1 for a modulation. Empty where it is
@@ -58,6 +59,12 @@ class Calibration:
     tokens: dict[str, int] = field(default_factory=dict)
     channel_amax: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)
+    moment_steps: tuple[int, ...] = ()
+
+    @property
+    def observed(self) -> StepChoice:
+        """The steps, as :func:`calibrate` takes them; of another run with as many, nothing has to be counted."""
+        return ALL_STEPS if self.step is None else self.moment_steps or self.step
 
     @classmethod
     def merged(cls, calibrations: Sequence[Calibration]) -> Calibration:
@@ -142,6 +149,7 @@ class Calibration:
             "amax": self.amax,
             "tokens": self.tokens,
             "rows": self.rows,
+            "moment_steps": self.moment_steps,
         }
         header = {
             "format": FORMAT,
@@ -182,7 +190,9 @@ class Calibration:
                     for key, tensor in tensors.items()
                     if key.startswith(CHANNEL_AMAX)
                 }
-                return cls(**json.loads(header["calibration"]), moments=moments, channel_amax=channels)
+                record = json.loads(header["calibration"])
+                record["moment_steps"] = tuple(record.get("moment_steps", ()))  # files of version 1 have none
+                return cls(**record, moments=moments, channel_amax=channels)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a calibration file, or is damaged: {error}") from None
 
@@ -204,22 +214,24 @@ def moment_bytes(model: nn.Module, names: Collection[str] | None = None) -> int:
 def calibrate(
     model: nn.Module,
     run: Callable[[], Any],
-    step: int | float | str = DEFAULT_STEP,
+    step: StepChoice | None = None,
     *,
     percentile: float | None = None,
     moments: bool | Collection[str] = False,
     calls_per_step: int | None = None,
 ) -> Calibration:
-    """Observe one step of a sampling run.
+    """Observe one step of a sampling run; for second moments, several.
 
     Args:
         model: the model that the sampler calls; it is left as it was.
-        run: does one sampling run, of any pipeline or sampler that calls ``model``; ended after the observed step.
+        run: does one sampling run, of any pipeline or sampler that calls ``model``; ended after the last observed step.
             A fraction or a negative ``step`` runs it twice: first to count its steps, which costs one forward pass
             (its output is replayed for all later calls) and the sampler's own arithmetic. So ``run`` must be
             repeatable, and may not let the model's values decide how many steps it takes.
-        step: an index (negative: from the end), a fraction in [0, 1] of the run as a float, or "all": every step of one
-            whole run, which gives better moments and, for static schemes, ranges that are too wide.
+        step: an index (negative: from the end), a fraction in [0, 1] of the run as a float, or several of them: ranges
+            are those of the first, and second moments the sum over all. Without moments only the first is observed. Or
+            "all": every step of one whole run, whose ranges are too wide for static schemes. None: the step at 0.6, and
+            with moments those at 0.4 and 0.8, which serve compensated rounding as well as all do.
         percentile: in (0, 100]: take this percentile of the magnitudes (nearest rank) for ``amax`` and let larger
             inputs saturate. Over several calls of a layer, the largest of the calls' percentiles.
         moments: True, or a collection of layer names and fnmatch patterns: also the second moments that
@@ -233,86 +245,42 @@ def calibrate(
 
     Raises:
         TypeError: if ``model`` is no module, ``run`` not callable, or ``step`` no number.
-        ValueError: for a model without linear layers, a run that does not call the model, a step beyond the run,
-            inputs that are not finite (naming the layer), a name in ``moments`` that matches nothing, and numbers out
-            of range.
+        ValueError: for a model without linear layers, a run that does not call the model, a step beyond the run or
+            given twice, inputs that are not finite (naming the layer), a name in ``moments`` that matches nothing, and
+            numbers out of range.
     """
     check_request(model, run)
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no unquantized linear layer to calibrate")
-    check_numbers(step, percentile, calls_per_step)
     if isinstance(moments, bool):
         moment_names: Collection[str] = layers if moments else ()
     else:
         moment_names = _matching(layers, moments)
-    observer = Observer(percentile, moment_names)
-    in_features = {name: layer.in_features for name, layer in layers.items()}
-    seen, index, steps = observe_chosen(model, run, step, observer, calls_per_step, layers)
-    return _calibration(model, in_features, index, steps, seen.most_calls, percentile, observer)
-
-
-def observe_chosen(
-    model: nn.Module,
-    run: Callable[[], Any],
-    step: int | float | str,
-    observer: CallObserver,
-    calls_per_step: int | None,
-    layers: Mapping[str, nn.Module],
-) -> tuple[Steps, int | None, int | None]:
-    """Show ``observer`` what ``layers`` are fed in ``step``, which is as :func:`calibrate` takes it.
-
-    Returns:
-        the steps and calls that there were, the index of the observed step (None: all), and the steps of the run where
-        they were counted.
-
-    Raises:
-        ValueError: if the run does not call the model, or the step is beyond it; and as ``observer`` does.
-    """
-    if step == ALL_STEPS:
-        seen = observe_steps(model, run, 0, sys.maxsize, observer, calls_per_step, layers=layers)
-        _check_called(model, seen)
-        return seen, None, seen.steps
-    counted, last_call, index = None, None, int(step)
-    if not isinstance(step, Integral) or step < 0:
-        counted = count_steps(model, run, calls_per_step)
-        _check_called(model, counted)
-        index = step_index(step, counted.steps)
-        last_call = counted.last_call(index)
-    elif calls_per_step is not None:
-        last_call = (index + 1) * calls_per_step
-    seen = observe_steps(model, run, index, 1, observer, calls_per_step, last_call, layers)
-    if seen.steps <= index or seen.calls < (last_call or 0):
-        _check_called(model, seen, whole=False)
-        raise ValueError(f"step {index} is beyond the run: it called the model {seen.calls} times")
-    return seen, index, None if counted is None else counted.steps
-
-
-def _calibration(
-    model: nn.Module,
-    in_features: dict[str, int],
-    step: int | None,
-    steps: int | None,
-    calls_per_step: int,
-    percentile: float | None,
-    observer: Observer,
-) -> Calibration:
+    by_default = step is None
+    if by_default:
+        step = DEFAULT_MOMENT_STEPS if moment_names else DEFAULT_STEP
+    check_numbers(step, percentile, calls_per_step)
+    if not moment_names and step != ALL_STEPS:
+        step = several(step)[0]
+    chosen = choose_steps(model, run, step, calls_per_step, once=by_default)
+    first = None if chosen.indices is None else chosen.indices[0]
+    observer = Observer(percentile, moment_names, ranges_of=first)
+    seen = observe_chosen(model, run, chosen, observer, calls_per_step, layers)
     return Calibration(
         type(model).__name__,
-        in_features,
-        step,
-        steps,
-        calls_per_step,
+        {name: layer.in_features for name, layer in layers.items()},
+        first,
+        seen.steps if chosen.indices is None else chosen.steps,
+        seen.most_calls,
         percentile,
         observer.amax,
         observer.moments,
         observer.tokens,
         observer.channel_amax,
         observer.rows.per_sample,
+        chosen.indices if chosen.indices is not None and len(chosen.indices) > 1 else (),
     )
-
-
-_NOT_CALLED = "run() never called the {} given; give the model that the pipeline itself holds"
 
 
 def check_request(model: nn.Module, run: Callable[[], Any]) -> None:
@@ -323,38 +291,15 @@ def check_request(model: nn.Module, run: Callable[[], Any]) -> None:
         raise TypeError(f"run must be callable without arguments, got {type(run).__name__}")
 
 
-def check_numbers(step: int | float | str, percentile: float | None, calls_per_step: int | None) -> None:
+def check_numbers(step: StepChoice, percentile: float | None, calls_per_step: int | None) -> None:
     """Raise TypeError or ValueError unless they are what :func:`calibrate` takes."""
-    if step != ALL_STEPS and (isinstance(step, bool) or not isinstance(step, Real)):
-        raise TypeError(f'step must be an int (an index), a float (a fraction of the run) or "all", got {step!r}')
-    if step != ALL_STEPS and not isinstance(step, Integral) and not 0 <= step <= 1:
-        raise ValueError(f"a step given as a fraction must lie in [0, 1], got {step}; an index is an int")
+    check_steps(step)
     if percentile is not None and not (isinstance(percentile, Real) and 0 < percentile <= 100):
         raise ValueError(f"percentile must lie in (0, 100], got {percentile!r}")
     if calls_per_step is None:
         return
     if isinstance(calls_per_step, bool) or not isinstance(calls_per_step, Integral) or calls_per_step < 1:
         raise ValueError(f"calls_per_step must be a positive int or None, got {calls_per_step!r}")
-
-
-def _check_called(model: nn.Module, steps: Steps, whole: bool = True) -> None:
-    if not steps.calls:
-        raise ValueError(_NOT_CALLED.format(type(model).__name__))
-    if whole:
-        steps.check_whole()
-
-
-def step_index(step: int | float, steps: int) -> int:
-    """The step, from 0, of a run of ``steps`` that a fraction, an index, or an index from the end means.
-
-    Raises:
-        ValueError: if it is beyond the run.
-    """
-    if not isinstance(step, Integral):
-        return min(math.floor(step * steps), steps - 1)
-    if not -steps <= step < steps:
-        raise ValueError(f"step {step} is beyond the run: it has {steps} steps")
-    return int(step) % steps
 
 
 def _matching(layers: Mapping[str, nn.Linear], patterns: Collection[str]) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
@@ -77,14 +77,13 @@ class CallObserver(Protocol):
 def observe_steps(
     model: nn.Module,
     run: Callable[[], Any],
-    first: int,
-    count: int,
+    wanted: Sequence[int],
     observer: CallObserver,
     calls_per_step: int | None = None,
     last_call: int | None = None,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> Steps:
-    """Run until ``observer`` has seen ``count`` steps, from step ``first`` on; the steps and calls that there were.
+    """Run until ``observer`` has seen the ``wanted`` steps, in ascending order; the steps and calls that there were.
 
     It sees what ``layers`` are fed, by default :func:`linear_layers`. A step is known to have ended when the next one
     begins, or behind the ``last_call``-th call.
@@ -99,7 +98,7 @@ def observe_steps(
     def begin(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal step
         step = steps.begin_call(args, kwargs)
-        if step == first + count:
+        if step == wanted[-1] + 1:
             raise _StopRun
         observer.begin(step, samples_of(args, kwargs))
 
@@ -110,7 +109,7 @@ def observe_steps(
     def watch(name: str) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal failure
-            if not first <= step < first + count:
+            if step not in wanted:
                 return
             try:
                 # Not in the run's own inference mode: what is kept must be ordinary tensors.
@@ -138,12 +137,14 @@ def observe_steps(
 
 class Observer:
     """Collects what layers are fed: largest magnitudes, of all and by channel, tokens, rows and, for those in
-    ``moment_names``, second moments.
+    ``moment_names``, second moments. Magnitudes are those of the step ``ranges_of``; None: of every one that it sees.
     """
 
-    def __init__(self, percentile: float | None, moment_names: Collection[str]) -> None:
+    def __init__(self, percentile: float | None, moment_names: Collection[str], ranges_of: int | None = None) -> None:
         self.percentile = percentile
         self.moment_names = frozenset(moment_names)
+        self.ranges_of = ranges_of
+        self._step = -1
         self.amax: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
         self.channel_amax: dict[str, torch.Tensor] = {}
@@ -154,6 +155,7 @@ class Observer:
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, step: int, samples: int | None) -> None:
+        self._step = step
         self.rows.begin(step, samples)
 
     def see(self, name: str, x: torch.Tensor) -> None:
@@ -169,14 +171,18 @@ class Observer:
                 f"the input of {name} holds NaN or infinite values in the observed step; "
                 "calibrate in a wider dtype (bfloat16 or float32) or on another step"
             )
-        self.amax[name] = max(self.amax.get(name, 0.0), largest_magnitude(x, self.percentile))
         self.tokens[name] = self.tokens.get(name, 0) + x.numel() // x.shape[-1]
         self.rows.see(name, x)
+        if self.ranges_of in (None, self._step):
+            self._widen_ranges(name, x)
+        if name in self.moment_names:
+            self._add_moment(name, x)
+
+    def _widen_ranges(self, name: str, x: torch.Tensor) -> None:
+        self.amax[name] = max(self.amax.get(name, 0.0), largest_magnitude(x, self.percentile))
         channels = x.abs().reshape(-1, x.shape[-1]).amax(0).to("cpu", torch.float32)
         before = self.channel_amax.get(name)
         self.channel_amax[name] = channels if before is None else torch.maximum(before, channels)
-        if name in self.moment_names:
-            self._add_moment(name, x)
 
     def _add_moment(self, name: str, x: torch.Tensor) -> None:
         # Layers side by side (to_q, to_k, to_v) are fed the same values: one product and one tensor serve all of them.
@@ -204,7 +210,7 @@ def rows_per_sample(model: nn.Module, run: Callable[[], Any]) -> dict[str, float
         ValueError: if ``run`` does not call ``model``.
     """
     rows = Rows()
-    if not observe_steps(model, run, 0, 1, rows, calls_per_step=1, last_call=1).calls:
+    if not observe_steps(model, run, [0], rows, calls_per_step=1, last_call=1).calls:
         raise ValueError(f"run() never called the {type(model).__name__} whose layers it was to feed")
     return rows.per_sample
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..layer.linear import QuantLinear
-from .calibration import ALL_STEPS, check_numbers, check_request, observe_chosen
+from .calibration import check_numbers, check_request
+from .chosen_steps import ALL_STEPS, StepChoice, choose_steps, observe_chosen
 from .conversion import quantized_layers
 from .wrappers import own_name
 
@@ -106,7 +107,7 @@ class _Counter:
 def saturation(
     model: nn.Module,
     run: Callable[[], Any],
-    step: int | float | str = ALL_STEPS,
+    step: StepChoice = ALL_STEPS,
     *,
     warn_above: float = DEFAULT_SHARE,
     calls_per_step: int | None = None,
@@ -120,7 +121,7 @@ def saturation(
     Args:
         model: quantized; it is left as it was. Of a pipeline, its transformer.
         run: does one sampling run, of any pipeline or sampler that calls ``model``.
-        step: "all", or one step as :func:`calibrate` takes it.
+        step: "all", or one step or several as :func:`calibrate` takes them.
         warn_above: the share of a layer's inputs above which it is warned of; None: never. On the inputs that were
             calibrated on the share is 0 by construction (or what a percentile left out), and nearly so in that step of
             the quantized model, whose layers are fed what quantized ones before them computed. 0.1 % is above what
@@ -150,7 +151,8 @@ def saturation(
             raise ValueError(f"the range of {name} is on the meta device; load the model, or end its offloading, first")
     counter = _Counter(layers)
     # A whole run needs no account of its steps, for which the model's times would be waited for.
-    observe_chosen(model, run, step, counter, 1 if step == ALL_STEPS else calls_per_step, layers)
+    chosen = choose_steps(model, run, step, calls_per_step)
+    observe_chosen(model, run, chosen, counter, 1 if chosen.indices is None else calls_per_step, layers)
     found = counter.result()
     if warn_above is not None and (above := found.above(warn_above)):
         worst = above[0]

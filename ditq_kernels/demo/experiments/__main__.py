@@ -5,13 +5,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import calibration, combinations, distribution, layers, moments, page, peers, positions, remedies, weights
+from .. import MODEL_DIRECTORY
+from . import (
+    calibration,
+    combinations,
+    distribution,
+    layers,
+    moment_steps,
+    moments,
+    page,
+    peers,
+    positions,
+    remedies,
+    weights,
+)
 
 EXPERIMENTS = {
     "calibration": calibration,
     "weights": weights,
     "moments": moments,
     "positions": positions,
+    "moment_steps": moment_steps,
     "combinations": combinations,
     "layers": layers,
     "remedies": remedies,
@@ -34,6 +48,12 @@ def main() -> None:
         help="%(choices)s",
     )
     parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory of the JSON (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=MODEL_DIRECTORY,
+        help="directory of another model than the embedded one, whose name the JSON's name then ends in",
+    )
     args = parser.parse_args()
     from .lab import Lab
     from .records import Records
@@ -47,8 +67,9 @@ def main() -> None:
             combinations.draw_pictures(Lab(combinations.PROTOCOL), args.out / "pictures.png")
         else:
             experiment = EXPERIMENTS[name]
-            lab = Lab(experiment.PROTOCOL)
-            lab.carry_out(experiment.cases(lab), Records(args.out / f"{name}.json"))
+            lab = Lab(experiment.PROTOCOL, args.model)
+            stem = name if args.model == MODEL_DIRECTORY else f"{name}-{args.model.name}"
+            lab.carry_out(experiment.cases(lab), Records(args.out / f"{stem}.json"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ...integrations.sampling import default_scheduler, sample
 from ...integrations.source import load_source
 from ...layer.linear import QuantLinear
 from ...model.calibration import DEFAULT_PICTURES, DEFAULT_STEP, Calibration, calibrate
+from ...model.chosen_steps import StepChoice
 from ...model.conversion import quantized_layers
 from ...model.planning import Plan, plan
 from .. import MODEL_DIRECTORY
@@ -86,15 +87,15 @@ class Lab:
 
     def _calibration(
         self,
-        step: float | str = DEFAULT_STEP,
+        step: StepChoice = DEFAULT_STEP,
         moments: bool = False,
         percentile: float | None = None,
         which: int = 0,
         pictures: int | None = None,
         steps: int | None = None,
     ) -> Calibration:
-        """From a fraction of the run, or "all" of its steps, on the calibration pictures of set ``which``; ``pictures``
-        of them, and ``steps`` in the run, if they are not the protocol's.
+        """From a fraction of the run, several, or "all" of its steps, on the calibration pictures of set ``which``;
+        ``pictures`` of them, and ``steps`` in the run, if they are not the protocol's.
         """
         protocol = replace(
             self.protocol,
