@@ -4,13 +4,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
+# Tests start many processes, each of which would compile every package that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-oldest lint format clean gpu execute
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
 # Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
 # would compile everything, for most of its time.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
 	$(INSTALL) --no-deps nvidia-cutlass
