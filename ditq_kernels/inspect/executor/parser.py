@@ -76,6 +76,8 @@ class _Scopes:
 
 def _split(text):
     """Operands, at the commas outside of all brackets."""
+    if "{" not in text and "[" not in text:
+        return [part for part in map(str.strip, text.split(",")) if part]
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "{[") - (c in "}]")
@@ -96,6 +98,8 @@ def _number(text):
 
 def _operand(text, scopes):
     text = text.strip()
+    if text[0] == "%" and "|" not in text:  # most are registers
+        return scopes.find(text) or Symbol(text)
     if text == "_":
         return SINK
     if text[0] == "{":
