@@ -16,7 +16,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("files", "memory", "progress", "revision"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
-        ("layer/packing", "layer/packed_weight"),
+        ("layer/packing", "layer/packed_weight", "layer/cpu_extension"),
         ("layer/quantizer", "layer/reference", "layer/extension"),
         ("layer/replaced_weight", "layer/weight_view"),
         ("kernels",),
@@ -113,7 +113,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "benchmark": (
         ("__init__", "cases", "checks", "timing"),
         ("ceilings", "contenders"),
-        ("elementwise", "peers", "pictures"),
+        ("elementwise", "peers", "pictures", "quantizing"),
         ("run", "provenance", "targets"),
         ("report", "tune"),
         ("ahead",),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 from ditq_kernels.layer import extension
 
@@ -63,22 +64,63 @@ def test_what_is_missing_is_named(missing, arguments, words, build, tmp_path):
     assert isinstance(reason, str) and re.search(words, reason)
 
 
-def test_when_it_is_built(build, capsys):
-    toolchain = build.Toolchain("nvcc", Path("torch"), Path("cutlass"))
-    variable = build.BUILD_VARIABLE
-    assert build.chosen_toolchain({}, lambda _: toolchain) is toolchain
-    assert build.chosen_toolchain({variable: "1"}, lambda _: toolchain) is toolchain
+@pytest.mark.parametrize("variable", ["DITQ_BUILD_CUDA", "DITQ_BUILD_CPU"])
+def test_when_one_is_built(build, variable, capsys):
+    assert variable in (build.BUILD_VARIABLE, build.CPU_VARIABLE)
+    toolchain = build.CpuToolchain("g++", Path("torch"), "x86_64")
+    assert build.chosen_toolchain({}, variable, lambda _: toolchain) is toolchain
+    assert build.chosen_toolchain({variable: "1"}, variable, lambda _: toolchain) is toolchain
     assert not capsys.readouterr().out
-    assert build.chosen_toolchain({variable: "0"}, lambda _: toolchain) is None
-    assert build.chosen_toolchain({}, lambda _: "no such thing") is None
+    assert build.chosen_toolchain({variable: "0"}, variable, lambda _: toolchain) is None
+    assert build.chosen_toolchain({}, variable, lambda _: "no such thing") is None
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "DITQ_BUILD_CUDA=0" in said[0] and "no such thing" in said[1]
+    assert len(said) == 2 and f"{variable}=0" in said[0] and "no such thing" in said[1]
     with pytest.raises(SystemExit, match="no such thing"):
-        build.chosen_toolchain({variable: "1"}, lambda _: "no such thing")
+        build.chosen_toolchain({variable: "1"}, variable, lambda _: "no such thing")
     with pytest.raises(SystemExit, match="must be 1, 0 or unset"):
-        build.chosen_toolchain({variable: "yes"}, lambda _: toolchain)
-    assert build.arguments(None) == {}
-    assert build.arguments(toolchain)["ext_modules"][0].py_limited_api
+        build.chosen_toolchain({variable: "yes"}, variable, lambda _: toolchain)
+
+
+def test_what_setuptools_is_told(build):
+    gpu = build.gpu_library(build.Toolchain("nvcc", Path("torch"), Path("cutlass")))
+    cpu = build.cpu_library(build.CpuToolchain("g++", Path("torch"), "x86_64"), optional=True)
+    assert build.arguments([]) == {}
+    modules = build.arguments([gpu, cpu])["ext_modules"]
+    assert [(one.name, one.optional) for one in modules] == [("ditq_kernels._C", False), ("ditq_kernels._cpu", True)]
+    assert all(one.py_limited_api for one in modules)
+    for library in (gpu, cpu):
+        assert all((ROOT / "csrc" / unit.source).exists() for unit in library.units)
+        assert len({unit.object for unit in library.units}) == len(library.units)
+
+
+def test_the_toolchain_for_cpus(build, tmp_path):
+    directory = toolchain_folder(tmp_path)
+    toolchain = build.find_cpu_toolchain({}, {"g++": "/path/g++"}.get, directory)
+    assert (toolchain.compiler, toolchain.torch) == ("/path/g++", tmp_path / "torch")
+    assert build.find_cpu_toolchain({"CXX": "clang++"}, {"clang++": "/path/c"}.get, directory).compiler == "/path/c"
+    assert "no C++ compiler" in build.find_cpu_toolchain({}, {}.get, directory)
+    assert "PyTorch's headers" in build.find_cpu_toolchain({}, {"g++": "g++"}.get, lambda _: None)
+
+
+def test_machines_that_are_no_x86_have_one_level(build):
+    for machine, levels in (("x86_64", list(build.X86_LEVELS)), ("aarch64", ["baseline"])):
+        library = build.cpu_library(build.CpuToolchain("g++", Path("torch"), machine), optional=True)
+        assert [unit.variant for unit in library.units if unit.variant] == levels
+        assert any("-DDITQ_X86" in unit.command for unit in library.units) == (machine == "x86_64")
+
+
+@pytest.mark.parametrize("asked", [{}, {"DITQ_BUILD_CPU": "1"}])
+def test_a_compiler_that_fails_stops_only_who_asked_for_it(build, asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    library = build.cpu_library(build.CpuToolchain("false", tmp_path, "x86_64"), build.is_optional(asked))
+    command = build.arguments([library])["cmdclass"]["build_ext"](Distribution())
+    extension = build.arguments([library])["ext_modules"][0]
+    if asked:
+        with pytest.raises(SystemExit, match="could not be built"):
+            command.build_extension(extension)
+    else:
+        command.build_extension(extension)
+        assert "installed without ditq_kernels._cpu" in capsys.readouterr().err
 
 
 def test_only_what_changed_is_compiled(build, tmp_path):
@@ -94,7 +136,7 @@ def test_only_what_changed_is_compiled(build, tmp_path):
     assert not build.is_current(target, command, sources)
     source.unlink()
     assert not build.is_current(target, ["touch", str(target)], sources)
-    with pytest.raises(SystemExit, match="DITQ_BUILD_CUDA=0 installs"):
+    with pytest.raises(SystemExit, match="DITQ_BUILD_CUDA=0 and DITQ_BUILD_CPU=0 install"):
         build.run(target, ["false"])
 
 

@@ -1,7 +1,8 @@
-"""What ``ditq bench`` and ``ditq tune`` do once it is clear that there is a GPU."""
+"""What ``ditq bench`` and ``ditq tune`` do once it is clear what there is to measure."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from ..progress import track
 from . import report
 from .cases import select
-from .provenance import gpu, provenance
+from .provenance import cpu, gpu, provenance
 from .run import Run, contenders_for, run
 from .timing import CudaStopwatch, Stopwatch
 
@@ -70,6 +71,33 @@ def bench(settings: BenchSettings, device: torch.device, stopwatch: Stopwatch | 
     print(report.verdict_lines(found))
     print(f"\n{path}{_draw(content, settings.out)}")
     return found
+
+
+def bench_quantizing(out: Path) -> int:
+    """Measure how fast weights are quantized on this CPU, print the table, and write JSON and a picture below ``out``;
+    the exit code.
+    """
+    from . import quantizing
+
+    wanted = len(quantizing.SHAPES) * len(quantizing.QUANTIZERS)
+    rates = list(track(quantizing.measure(), wanted, "library"))
+    compensated = quantizing.compensated_seconds()
+    about = provenance() | dict(cpu=cpu())
+    path = out / "quantizing.json"
+    report.write(path, quantizing.record(rates, compensated, about))
+    print(quantizing.table(rates))
+    shape = " x ".join(map(str, quantizing.COMPENSATED_SHAPE))
+    seconds = statistics.median(compensated)
+    machine = about["cpu"]
+    print(f"\nerror-compensated rounding of {shape} to w4a8_g128: {seconds:.2f} s")
+    print(f"{machine['name']}, {machine['threads']} threads, {machine['instructions']}; torch {about['torch']}")
+    try:
+        from .pictures import draw_rates
+
+        print(f"{path}  {draw_rates(rates, out)}")
+    except ImportError as error:
+        print(f"{path}  (no picture: {error})")
+    return 0
 
 
 def _draw(content: dict[str, Any], directory: Path) -> str:

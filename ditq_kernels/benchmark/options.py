@@ -38,6 +38,10 @@ def _gpu(name: str) -> Any:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.quantizing:
+        from .command import bench_quantizing
+
+        return bench_quantizing(args.out)
     device = _gpu(arguments.device(args.device))
     if device is None:
         from ..inspect.command import inspect_kernels
@@ -68,9 +72,15 @@ def add_commands(command: AddCommand) -> None:
         _bench,
         "measure the kernels beside cuBLAS and other projects' on real layers; without a GPU, inspect them",
         "  ditq bench --quick --out out/bench\n"
-        "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300",
+        "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300\n"
+        "  ditq bench --quantizing --out out/bench",
     )
     _selection(bench)
+    bench.add_argument(
+        "--quantizing",
+        action="store_true",
+        help="measure, on the CPU, how fast weights are quantized, beside the other libraries that are installed",
+    )
     bench.add_argument("--schemes", nargs="+", metavar="SCHEME", help="of ours, only these (default: the recommended)")
     bench.add_argument(
         "--rows", type=arguments.count, nargs="+", metavar="M", help="only cases with these numbers of rows"

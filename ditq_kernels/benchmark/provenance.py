@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,20 @@ def gpu(device: torch.device) -> dict[str, Any]:
         memory_bytes=found.total_memory,
         l2_bytes=found.L2_cache_size,
         driver=driver,
+    )
+
+
+def cpu() -> dict[str, Any]:
+    """Name and cores of this machine's CPU, and what of it PyTorch uses."""
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return dict(
+        name=names[0].strip() if names else platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..progress import track
+from . import cpu_extension
 from .formats import CODE4_MAX, INT8_MAX, WeightFormat, largest_multiplier
 
 CLIP_RATIOS = tuple(1 - 0.025 * i for i in range(17))  # what clip="search" tries: 1.0 down to 0.6
@@ -42,6 +44,12 @@ class QuantizedWeight:
             self.codes.new_empty(rows, self.codes.shape[1]),
             *(None if part is None else part.new_empty(*part.shape[:-1], rows) for part in others),
         )
+
+    def row(self, place: int) -> QuantizedWeight:
+        """One row of it, as a weight of its own."""
+        rows = slice(place, place + 1)
+        others = (self.scale, self.multiplier, self.zero_point)
+        return QuantizedWeight(self.codes[rows], *(None if part is None else part[..., rows] for part in others))
 
     def fill(self, start: int, part: QuantizedWeight) -> None:
         """Put the rows of ``part`` where ``start`` is the first of them."""
@@ -124,6 +132,12 @@ ZERO_POINT_RULES: dict[str, tuple[RangeRule, ...]] = {
 }
 INT8_RULES: tuple[RangeRule, ...] = (_symmetric_int8,)
 DEFAULT_ZERO_POINT = "best"
+# The numbers that csrc/cpu/quantize_weight.h gives them.
+RULE_NUMBERS = {_symmetric: 0, _eighth_level: 1, _free_zero_point: 2, _symmetric_int8: 3}
+
+
+def _clip_ratios(clip: float | str | None) -> tuple[float, ...]:
+    return CLIP_RATIOS if clip == "search" else (1.0 if clip is None else float(clip),)
 
 
 def _positive(step: torch.Tensor) -> torch.Tensor:
@@ -146,8 +160,7 @@ def fit_grid(
     """
     groups = _split_groups(w, group)
     above, below = groups.amax(-1).clamp(min=0), (-groups.amin(-1)).clamp(min=0)
-    ratios = CLIP_RATIOS if clip == "search" else (1.0 if clip is None else float(clip),)
-    candidates = [rule(above * ratio, below * ratio, high) for ratio in ratios for rule in rules]
+    candidates = [rule(above * ratio, below * ratio, high) for ratio in _clip_ratios(clip) for rule in rules]
     step, zero = candidates[0]
     if len(candidates) > 1:
         error = _squared_error(groups, step, zero, low, high)
@@ -190,48 +203,61 @@ def _split_groups(w: torch.Tensor, group: int) -> torch.Tensor:
     return torch.nn.functional.pad(w, (0, -w.shape[1] % group)).view(w.shape[0], -1, group)
 
 
+def compensation_bytes(in_features: int) -> int:
+    """The most memory that error-compensated rounding takes for a layer of K inputs, beside a few copies of its weight:
+    the moment's factor in fp64 and what it is made from.
+    """
+    return 24 * in_features**2
+
+
 def _compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] rounded column by column, each column's error carried over to the columns not yet rounded.
 
     The closed form of the optimal brain surgeon (Hassibi and Stork, 1993) for the layer's squared output error, in the
-    order and with the Cholesky factors of GPTQ (Frantar et al., arXiv 2210.17323): columns in descending order of their
-    input's energy, the grid fitted beforehand.
+    order of GPTQ (Frantar et al., arXiv 2210.17323): columns in descending order of their input's energy, the grid
+    fitted beforehand. It is computed as LDLQ, which is the same (Chee et al., arXiv 2307.13304, theorem 6): what is
+    rounded is the weight and the errors so far times a triangular factor of the moment, and nothing is inverted.
     """
-    in_features = w.shape[1]
-    hessian = moment.to(device=w.device, dtype=torch.float64).clone()
-    diagonal = hessian.diagonal()
+    moment = moment.to(w.device)
+    diagonal = moment.diagonal().to(torch.float64)
     unseen = diagonal <= 0
-    diagonal[unseen] = diagonal[~unseen].mean() if bool((~unseen).any()) else 1.0
+    diagonal = torch.where(unseen, diagonal[~unseen].mean() if bool((~unseen).any()) else 1.0, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    upper = _inverse_factor(hessian[order][:, order]).to(torch.float32)
-    w = w[:, order].clone()
-    step, zero = grid.columns(order)
-    step = _positive(step)
-    codes = torch.empty_like(w)
-    for start in range(0, in_features, COMPENSATION_BLOCK):
-        stop = min(start + COMPENSATION_BLOCK, in_features)
-        errors = torch.empty_like(w[:, start:stop])
-        for k in range(start, stop):
-            codes[:, k] = grid.nearest(w[:, k], step[:, k], zero[:, k])
-            error = (w[:, k] - (codes[:, k] - zero[:, k]) * step[:, k]) / upper[k, k]
-            w[:, k + 1 : stop] -= error.unsqueeze(1) * upper[k, k + 1 : stop]
-            errors[:, k - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+    carried = _carried(moment, diagonal, order)
+    # Transposed: a column and its errors lie side by side in memory.
+    errors, codes = (torch.empty(w.shape[::-1], dtype=torch.float32, device=w.device) for _ in range(2))
+    starts = range(0, len(order), COMPENSATION_BLOCK)
+    for start in track(starts, len(starts), "block", delay=2):
+        columns = order[start : start + COMPENSATION_BLOCK]
+        stop = start + len(columns)
+        exact = w[:, columns].T.contiguous()
+        wanted = torch.addmm(exact, carried[:start, start:stop].T, errors[:start]) if start else exact.clone()
+        step, zero = (part.T.contiguous() for part in grid.columns(columns))
+        step = _positive(step)
+        within, mine = carried[start:stop, start:stop].T.contiguous(), errors[start:stop]
+        parts = zip(*(part.unbind() for part in (wanted, step, zero, exact, codes[start:stop], mine)), strict=True)
+        for k, (target, step_k, zero_k, exact_k, code, error) in enumerate(parts):
+            if k:
+                target.addmv_(mine[:k].T, within[k, :k])
+            torch.div(target, step_k, out=code).round_().add_(zero_k).clamp_(grid.low, grid.high)
+            torch.addcmul(exact_k, code - zero_k, step_k, value=-1, out=error)
+    return torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of ``hessian`` (fp64 [K, K]); the damping grows tenfold until the matrix can
-    be factored.
+def _carried(moment: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """fp32 [K, K], upper triangular with ones on its diagonal: ``M`` of ``M D M^T``, D diagonal, which is the moment in
+    ``order`` and damped. ``diagonal`` stands in for its own. The damping grows tenfold until it can be factored.
     """
-    damping = DAMPING * hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    damping = DAMPING * diagonal.mean()
+    backwards = order.flip(0)  # the lower factor from the end is the upper one from the beginning
     for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * identity)
+        damped = moment.index_select(0, backwards).index_select(1, backwards).to(torch.float64)
+        damped.diagonal().copy_(diagonal[backwards] + damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            upper = lower.to(torch.float32).flip(0, 1)
+            return upper.div_(upper.diagonal().clone())
         damping = damping * 10
     raise ValueError(
         "input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T"
@@ -286,11 +312,14 @@ def quantize_weight(
         ValueError: for weights that are not finite, a group larger than K, or a moment of the wrong shape.
     """
     _check(weight, fmt, input_moment, clip, zero_point)
-    # Rows are quantized each by itself; error compensation does more for all of them than for each.
-    rows = len(weight) if input_moment is not None else max(1, CHUNK[weight.device.type == "cuda"] // weight.shape[1])
+    weight = weight.detach()
+    # Rows are quantized each by itself; error compensation does more for all of them than for each, and the extension
+    # takes no memory for them.
+    at_once = input_moment is not None or cpu_extension.rounds(weight)
+    rows = len(weight) if at_once else _rows_at_once(weight)
     whole: QuantizedWeight | None = None
     for start in range(0, len(weight), max(rows, 1)):
-        chunk = weight.detach()[start : start + rows].to(torch.float32)
+        chunk = weight[start : start + rows]
         part = _quantize_rows(chunk, fmt, input_moment, clip, zero_point)
         if len(chunk) == len(weight):
             return part
@@ -300,11 +329,44 @@ def quantize_weight(
     return whole
 
 
+def _rows_at_once(weight: torch.Tensor) -> int:
+    return max(1, CHUNK[weight.device.type == "cuda"] // weight.shape[1])
+
+
 def _quantize_rows(
     w: torch.Tensor, fmt: WeightFormat, input_moment: torch.Tensor | None, clip: float | str | None, zero_point: str
 ) -> QuantizedWeight:
+    if input_moment is None and cpu_extension.rounds(w):
+        return _rounded_by_extension(w, fmt, clip, zero_point)
+    return _rounded(w.to(torch.float32), fmt, input_moment, clip, zero_point)
+
+
+def _rounded_by_extension(
+    w: torch.Tensor, fmt: WeightFormat, clip: float | str | None, zero_point: str
+) -> QuantizedWeight:
+    rules = ZERO_POINT_RULES[zero_point] if fmt.two_level else INT8_RULES
+    numbers = [RULE_NUMBERS[rule] for rule in rules]
+    *parts, doubtful, broken = cpu_extension.quantize_weight(w, fmt, numbers, _clip_ratios(clip))
+    if broken.any():
+        raise ValueError(_NOT_FINITE)
+    found = QuantizedWeight(*parts)
+    if not doubtful.any():
+        return found
+    for some in doubtful.nonzero().flatten().split(_rows_at_once(w)):  # the order of a sum decides: PyTorch's
+        again = _rounded(w[some].to(torch.float32), fmt, None, clip, zero_point)
+        for place, row in enumerate(some.tolist()):
+            found.fill(row, again.row(place))
+    return found
+
+
+_NOT_FINITE = "the weight holds NaN or infinite values; nothing was quantized"
+
+
+def _rounded(
+    w: torch.Tensor, fmt: WeightFormat, input_moment: torch.Tensor | None, clip: float | str | None, zero_point: str
+) -> QuantizedWeight:
     if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinite values; nothing was quantized")
+        raise ValueError(_NOT_FINITE)
     group = fmt.group or w.shape[1]
     if fmt.two_level:
         grid = fit_grid(w, group, ZERO_POINT_RULES[zero_point], clip, 0, CODE4_MAX)

@@ -1,0 +1,83 @@
+"""The extension for CPUs: what PyTorch would take many passes over memory for, in one.
+
+``csrc/cpu`` holds its sources and ``setup.py`` builds it where there is a C++ compiler. Importing this module loads
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .formats import CODE4_MAX, WeightFormat, largest_multiplier
+
+LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves it
+BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=1 pip install --no-build-isolation -e ."
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None if the extension can be used, else the reason in one clause, with the way out. Loads it if it is there."""
+    if not LIBRARY.exists():
+        return f"the CPU extension is not built; {BUILD_IT}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
+    return None
+
+
+def rounds(weight: torch.Tensor) -> bool:
+    """Whether :func:`quantize_weight` takes ``weight``."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in WEIGHT_DTYPES
+        and weight.stride(1) == 1
+        and weight.numel() > 0
+        and why_unavailable() is None
+    )
+
+
+@functools.cache
+def _limits() -> torch.Tensor:
+    return torch.tensor([float(largest_multiplier(zero_point)) for zero_point in range(CODE4_MAX + 1)])
+
+
+def quantize_weight(
+    weight: torch.Tensor, fmt: WeightFormat, rules: Sequence[int], ratios: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """``weight`` [N, K] to nearest.
+
+    Args:
+        rules: numbers of csrc's RangeRule, tried in turn with each of ``ratios``, by which ranges are shrunk.
+
+    Returns:
+        codes, scale, multiplier and zero point as in :class:`.quantizer.QuantizedWeight`; and for each row whether
+        candidates were so close that the order of a sum decides, and whether it holds a value that is not finite.
+    """
+    rows, inputs = weight.shape
+    group = fmt.group or inputs
+    groups = -(-inputs // group)
+    scale_shape = (groups, rows) if fmt.promoted else (rows,)
+    codes = torch.empty(rows, inputs, dtype=torch.uint8 if fmt.two_level else torch.int8)
+    scale = torch.empty(scale_shape)
+    multiplier, zero_point = (torch.empty(groups, rows, dtype=torch.uint8) if fmt.two_level else None for _ in range(2))
+    doubtful, broken = (torch.empty(rows, dtype=torch.bool) for _ in range(2))
+    torch.ops.ditq_cpu.quantize_weight(
+        weight,
+        group,
+        torch.tensor(rules, dtype=torch.int32),
+        torch.tensor(ratios, dtype=torch.float32),
+        _limits() if fmt.two_level else None,
+        codes,
+        scale,
+        multiplier,
+        zero_point,
+        doubtful,
+        broken,
+    )
+    return codes, scale, multiplier, zero_point, doubtful, broken
