@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -94,11 +95,11 @@ def test_more_bits_are_nearer_to_the_original(outcome):
     assert all(bits <= (4.5 if scheme.startswith("w4") else 8.5) for scheme, bits in stored.items())
 
 
-def test_calibration_saw_one_step_of_other_pictures(outcome):
+def test_calibration_saw_steps_of_other_pictures(outcome):
     _, calibration = outcome
-    assert (calibration.step, calibration.steps) == (1, 2)
+    assert (calibration.step, calibration.moment_steps, calibration.steps) == (0, (0, 1), 2)
     assert calibration.moments
-    picture_tokens = 2 * DEFAULT_PICTURES * (28 // 4) ** 2  # guidance doubles the batch
+    picture_tokens = 2 * 2 * DEFAULT_PICTURES * (28 // 4) ** 2  # two steps, and guidance doubles the batch
     assert calibration.tokens["transformer_blocks.0.attn1.to_q"] == picture_tokens
 
 
@@ -134,38 +135,70 @@ def test_the_report_holds_every_row(outcome, tmp_path):
     results, calibration = outcome
     out = tmp_path / "below" / "demo"
     report.write_report(results, calibration, SETTINGS, out)
-    assert digests(out).keys() == {"samples.png", "report.md", "report.json"}
+    assert digests(out).keys() == {"samples.png", "small.png", "report.md", "report.json"}
     assert [entry.name for entry in out.parent.iterdir()] == ["demo"]
     record = json.loads((out / "report.json").read_text())
     assert [row["name"] for row in record["rows"]] == [result.name for result in results]
     for row, result in zip(record["rows"], results, strict=True):
         assert row == {name: value for name, value in vars(result).items() if name != "pictures"}
     assert record["settings"] == dict(classes=2, seeds=2, steps=2, guidance=2.0, device="cpu")
-    assert record["calibration"] == dict(step=1, steps=2)
+    assert record["calibration"] == dict(step=0, steps=2, moment_steps=[0, 1])
     assert record["environment"]["torch"] == torch.__version__
     page = (out / "report.md").read_text()
-    assert report.table(results) in page and "step 1 of 2" in page and "CPU implementation" in page
+    assert (
+        report.table(results) in page
+        and "of 2 steps ranges from 0, moments from 0 and 1" in page
+        and "CPU implementation" in page
+    )
     assert len(report.table(results).splitlines()) == 2 + len(results)
 
 
-def test_the_grid_shows_each_picture_in_its_row_and_column(outcome, tmp_path):
+def test_speed_is_that_of_bf16_over_the_rows(outcome):
+    results = [run.Result(**vars(result)) for result in outcome[0]]
+    for result in results:
+        result.seconds_per_step = 0.5 if result.name == "w8a8" else 2.0 if result.name == "original, bf16" else 4.0
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in report.table(results).splitlines())
+    speed = {row[1]: row[header.index("speed to bf16")] for row in rows}
+    assert (speed["w8a8"], speed["original, bf16"], speed["original"]) == ("4.00", "1.00", "0.50")
+    alone = report.table([result for result in results if result.name != "original, bf16"])
+    assert "4.00" not in alone and "w8a8" in alone
+
+
+def test_the_grid_shows_pictures_and_what_they_differ_by(outcome, tmp_path):
     results, _ = outcome
     flat = [
         run.Result(**{**vars(result), "pictures": torch.full((4, 1, 28, 28), 0.0)})
         for result in (results[0], results[5])
     ]
-    levels = torch.tensor([[0.2, 0.6, 0.4, 0.8], [0.3, 0.7, 0.5, 0.9]])  # by row: class 0, class 1, class 0, class 1
+    # By row: class 0, class 1, and the same of another seed, which is not shown. The second row differs by a fifth of
+    # what the scale reaches, down and up.
+    apart = 0.2 / report.AMPLIFIED
+    levels = torch.tensor([[0.2, 0.6, 0.4, 0.8], [0.2 - apart, 0.6 + apart, 0.5, 0.9]])
     for row, values in zip(flat, levels, strict=True):
         row.pictures += values.view(4, 1, 1, 1)
     report.draw_grid(flat, SETTINGS, tmp_path / "grid.png")
-    shown = np.array(Image.open(tmp_path / "grid.png").convert("L")).astype(float) / 255
-    areas = {round(10 * level) for level in shown.ravel() if abs(10 * level - round(10 * level)) < 0.03}
-    assert areas >= {2, 3, 4, 5, 6, 7, 8, 9}
-    centre = {value: np.argwhere(np.abs(shown - value) < 0.003).mean(0) for value in levels.ravel().tolist()}
-    first, second = ([centre[value] for value in row.tolist()] for row in levels)
-    for row in (first, second):  # classes from left to right, a class's seeds side by side
-        assert row[0][1] < row[2][1] < row[1][1] < row[3][1]
-    assert all(above[0] < below[0] for above, below in zip(first, second, strict=True))
+    shown = np.array(Image.open(tmp_path / "grid.png").convert("RGB")).astype(float) / 255
+
+    def centre(*colour):
+        places = np.argwhere(np.abs(shown - np.array(colour)).max(-1) < 0.004)
+        return places.mean(0) if len(places) > 100 else None
+
+    grey = [[centre(*[round(255 * value) / 255] * 3) for value in row[:2].tolist()] for row in levels]
+    assert all(place is not None for row in grey for place in row)
+    assert all(row[0][1] < row[1][1] for row in grey), "classes from left to right"
+    assert all(above[0] < below[0] for above, below in zip(*grey, strict=True))
+    assert centre(0.4, 0.4, 0.4) is None and centre(0.8, 0.8, 0.8) is None
+    scale = matplotlib.colormaps["RdBu_r"]
+    less, more = (centre(*scale(int(256 * (0.5 + sign * 0.1)))[:3]) for sign in (-1, 1))
+    assert less is not None and more is not None and grey[1][1][1] < less[1] < more[1]
+    assert abs(less[0] - grey[1][0][0]) < 3 and abs(more[0] - grey[1][0][0]) < 3, "in the second row"
+
+
+def test_the_grid_shows_as_many_classes_as_asked_for(outcome, tmp_path):
+    report.draw_grid(outcome[0][:2], SETTINGS, tmp_path / "one.png", classes=1)
+    report.draw_grid(outcome[0][:2], SETTINGS, tmp_path / "all.png")
+    one, every = (Image.open(tmp_path / f"{name}.png").size for name in ("one", "all"))
+    assert one[0] < every[0] and one[1] == every[1]
 
 
 def test_an_earlier_report_is_replaced(outcome, tmp_path):

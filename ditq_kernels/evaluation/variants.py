@@ -32,7 +32,8 @@ class Variant:
 
 
 ORIGINAL = Variant("original")
-NOISE_FLOOR = (Variant("original, other seeds", other_seeds=True), Variant("original, bf16", dtype=torch.bfloat16))
+BF16 = Variant("original, bf16", dtype=torch.bfloat16)
+NOISE_FLOOR = (Variant("original, other seeds", other_seeds=True), BF16)
 
 
 def variants(
