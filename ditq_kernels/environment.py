@@ -12,7 +12,7 @@ import torch
 
 from . import __version__
 from .arguments import AddCommand
-from .layer import extension
+from .layer import cpu_extension, extension
 from .layer.backend import BACKENDS, why_unavailable
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "accelerate", "torchmetrics")
@@ -27,7 +27,8 @@ def describe() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             yield f"  {package:12} not installed"
     yield f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}"
-    yield f"  {'extension':12} {extension.why_unavailable() or 'built, and loads'}"
+    for name, library in (("extension", extension), ("for CPUs", cpu_extension)):
+        yield f"  {name:12} {library.why_unavailable() or 'built, and loads'}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from small_models import TinyModel, tiny_inputs, tiny_model, tiny_run
 from torch import nn
 
 from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.memory import MemoryWarning
 from ditq_kernels.model.calibration import (
     DEFAULT_MOMENT_STEPS,
     DEFAULT_STEP,
@@ -406,6 +408,24 @@ def test_a_calibration_of_the_first_version_is_of_one_step(tmp_path):
     save_file(tensors, tmp_path / "before", metadata=header | dict(version="1", calibration=json.dumps(record)))
     loaded = Calibration.load(tmp_path / "before")
     assert (loaded.step, loaded.moment_steps, loaded.observed) == (2, (), 2)
+
+
+def test_moments_that_may_not_fit_are_said_before_the_run(monkeypatch):
+    model = tiny_model()
+    wanted = moment_bytes(model)
+    monkeypatch.setattr("ditq_kernels.memory.available_bytes", lambda: wanted - 1)
+
+    def run():
+        raise AssertionError("it ran before it was said")
+
+    with pytest.warns(MemoryWarning, match=f"up to {wanted / 1e9:.1f} GB, and") as said, pytest.raises(AssertionError):
+        calibrate(model, run, 0, moments=True)
+    assert said[0].filename == __file__
+    for available in (wanted, None):
+        monkeypatch.setattr("ditq_kernels.memory.available_bytes", lambda value=available: value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            calibrate(model, tiny_run(model), 0, moments=True)
 
 
 def test_shared_moments_are_stored_once(tmp_path):

@@ -9,8 +9,11 @@ from torch import nn
 
 from ditq_kernels.checkpoint.store import load, save
 from ditq_kernels.layer.linear import QuantLinear
+from ditq_kernels.layer.quantizer import compensation_bytes
+from ditq_kernels.memory import MemoryWarning
 from ditq_kernels.model.calibration import calibrate
 from ditq_kernels.model.conversion import quantize, quantized_layers
+from ditq_kernels.model.observation import linear_layers
 from ditq_kernels.model.planning import plan
 
 
@@ -167,3 +170,13 @@ def test_a_compiled_model_is_quantized_and_saved_as_itself(tmp_path):
     assert torch.equal(run(), run(plain))
     save(compiled, tmp_path / "saved")
     assert torch.equal(run(load(tmp_path / "saved")), run(plain))
+
+
+def test_compensation_that_may_not_fit_is_said_before_a_layer_changes(monkeypatch):
+    model = tiny_model()
+    calibration = calibrate(model, tiny_run(model), 0, moments=True)
+    widest = max(layer.in_features for layer in linear_layers(model).values())
+    monkeypatch.setattr("ditq_kernels.memory.available_bytes", lambda: compensation_bytes(widest) - 1)
+    with pytest.warns(MemoryWarning, match="compensated rounding of .* takes up to .* round to nearest") as said:
+        quantize(model, "w4a8_g32", calibration, rounding="compensated", progress=False)
+    assert said[0].filename == __file__

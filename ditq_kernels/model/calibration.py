@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..files import written_whole
+from ..memory import warn_of_shortage
 from .chosen_steps import ALL_STEPS, StepChoice, check_steps, choose_steps, observe_chosen, several
 from .observation import Observer, linear_layers
 from .wrappers import own_name
@@ -248,6 +249,9 @@ def calibrate(
         ValueError: for a model without linear layers, a run that does not call the model, a step beyond the run or
             given twice, inputs that are not finite (naming the layer), a name in ``moments`` that matches nothing, and
             numbers out of range.
+
+    Warns:
+        MemoryWarning: if second moments may take more memory than there is; before anything runs.
     """
     check_request(model, run)
     layers = linear_layers(model)
@@ -257,6 +261,12 @@ def calibrate(
         moment_names: Collection[str] = layers if moments else ()
     else:
         moment_names = _matching(layers, moments)
+    warn_of_shortage(
+        sum(4 * layers[name].in_features ** 2 for name in moment_names),
+        "second moments of these layers take, less where layers are fed the same,",
+        "name some of the layers in moments=, or round to nearest",
+        stacklevel=2,
+    )
     by_default = step is None
     if by_default:
         step = DEFAULT_MOMENT_STEPS if moment_names else DEFAULT_STEP

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
-from ..layer.quantizer import check_clip
-from ..memory import return_freed
+from ..layer.quantizer import check_clip, compensation_bytes
+from ..memory import return_freed, warn_of_shortage
 from . import hosts
 from .calibration import Calibration
 from .observation import linear_layers
@@ -131,6 +131,14 @@ def check(
     for entry in chosen.quantized():
         _check_layer(entry, model.get_submodule(entry.name))
         _check_calibration(entry, calibration, rounding)
+    if rounding == "compensated" and (entries := chosen.quantized()):
+        widest = max(entries, key=lambda entry: entry.in_features)
+        warn_of_shortage(
+            compensation_bytes(widest.in_features),
+            f"compensated rounding of {widest.name} takes",
+            "round to nearest, or give it another plan",
+            stacklevel=3,
+        )
 
 
 def check_unquantized(model: nn.Module, scheme: str) -> None:

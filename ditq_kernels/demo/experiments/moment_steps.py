@@ -15,11 +15,11 @@ from .calibration import SETS
 from .lab import Case, Lab, Protocol
 
 PROTOCOL = Protocol(pictures=20, steps=50)
-SCHEMES = ("w4a16_g64", "w4a16_g128")
-STATIC_SCHEME = "w4a8_g128_static"
+SCHEME = "w4a16_g64"
+STATIC_SCHEME, STATIC_SETS = "w4a8_g128_static", 2
 BEFORE = 0.6  # the one step of the default that was
 # The first of several is the one that ranges are of.
-CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.8), (0.3, 0.6, 0.9), "all")
+CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.4, 0.8), (0.3, 0.6, 0.9), "all")
 STATIC_CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.4, 0.8))
 
 
@@ -48,8 +48,7 @@ def cases(lab: Lab) -> Iterator[Case]:
 
     for which in range(SETS):
         for step in CHOICES:
-            for scheme in SCHEMES:
-                yield case(scheme, step, which)
-    for which in range(SETS):
+            yield case(SCHEME, step, which)
+    for which in range(STATIC_SETS):
         for step in STATIC_CHOICES:
             yield case(STATIC_SCHEME, step, which)

@@ -14,7 +14,17 @@ from . import combinations, distribution, plots, tables
 from .records import Records
 
 TEMPLATE = "experiments.md.jinja"
-NAMES = ("calibration", "weights", "moments", "positions", "combinations", "layers", "remedies", "peers")
+NAMES = (
+    "calibration",
+    "weights",
+    "moments",
+    "positions",
+    "moment_steps",
+    "combinations",
+    "layers",
+    "remedies",
+    "peers",
+)
 
 
 def load(directory: Path) -> dict[str, Records]:

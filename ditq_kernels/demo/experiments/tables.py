@@ -156,6 +156,18 @@ def positions(records: Records) -> str:
     )
 
 
+def moment_steps(records: Records, scheme: str) -> str:
+    """Of one scheme: each choice of steps, and what it gains over the first on the same pictures."""
+    steps = list({str(row["step"]): row["step"] for row in records.all(scheme=scheme)}.values())
+    base = list(records.all(scheme=scheme, step=steps[0]))
+    lines = []
+    for step in steps:
+        rows = list(records.all(scheme=scheme, step=step))
+        named = ", ".join(map(_step, step)) if isinstance(step, list) else _step(step)
+        lines.append((named, _by_set(rows), "-" if step == steps[0] else gain(rows, base)))
+    return markdown(("steps", "PSNR dB; by set", f"gain over {_step(steps[0])}, dB"), lines)
+
+
 def combinations(records: Records) -> str:
     steps = list(dict.fromkeys(row["steps"] for row in records.rows))
     lines = []
