@@ -27,8 +27,9 @@ def describe() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             yield f"  {package:12} not installed"
     yield f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}"
-    for name, library in (("extension", extension), ("for CPUs", cpu_extension)):
-        yield f"  {name:12} {library.why_unavailable() or 'built, and loads'}"
+    yield f"  {'extension':12} {extension.why_unavailable() or 'built, and loads'}"
+    reason = cpu_extension.why_unavailable()
+    yield f"  {'for CPUs':12} {reason or 'built, and loads: ' + cpu_extension.levels()[-1] + ' instructions'}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -43,10 +43,6 @@ def by_passes(w, fmt, clip=None, zero_point=quantizer.DEFAULT_ZERO_POINT):
     return quantizer._rounded(w.to(torch.float32), fmt, None, clip, zero_point)
 
 
-def never(*_):
-    raise AssertionError("PyTorch's passes were taken")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @formats
@@ -63,6 +59,24 @@ def test_codes_and_scales_are_those_of_the_passes(fmt, shape, dtype):
 def test_with_every_rule_and_clip(fmt, zero_point, clip):
     w = weights(40, 384, seed=1)
     assert_same(quantize_weight(w, fmt, clip=clip, zero_point=zero_point), by_passes(w, fmt, clip, zero_point))
+
+
+@pytest.mark.parametrize("level", cpu_extension.LEVELS)
+@formats
+def test_every_level_of_instructions_rounds_alike(fmt, level):
+    if level not in cpu_extension.levels():
+        pytest.skip(f"this CPU has no {level} instructions")
+    w = weights(64, 1152, seed=3)
+    rules = quantizer.ZERO_POINT_RULES["best"] if fmt.two_level else quantizer.INT8_RULES
+    numbers = [quantizer.RULE_NUMBERS[rule] for rule in rules]
+    *parts, doubtful, broken = cpu_extension.quantize_weight(w, fmt, numbers, (0.9,), level)
+    certain = (~doubtful).nonzero().flatten()
+    assert len(certain) > 50 and not broken.any()
+    expected = by_passes(w, fmt, 0.9)
+    for name, part in zip(PARTS, parts, strict=True):
+        if part is not None:
+            rows = 0 if name == "codes" else -1
+            assert torch.equal(part.index_select(rows, certain), getattr(expected, name).index_select(rows, certain))
 
 
 @pytest.mark.parametrize("name", ["w8", "w4_g128"])

@@ -17,6 +17,7 @@ from .formats import CODE4_MAX, WeightFormat, largest_multiplier
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves it
 BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=1 pip install --no-build-isolation -e ."
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+LEVELS = ("baseline", "avx2", "avx512")  # of instructions, as csrc/cpu/binding.cpp lists them
 
 
 @functools.cache
@@ -29,6 +30,11 @@ def why_unavailable() -> str | None:
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
     return None
+
+
+def levels() -> tuple[str, ...]:
+    """Those of :data:`LEVELS` that this CPU runs; the last is taken."""
+    return LEVELS[: torch.ops.ditq_cpu.level_count()]
 
 
 def rounds(weight: torch.Tensor) -> bool:
@@ -48,12 +54,17 @@ def _limits() -> torch.Tensor:
 
 
 def quantize_weight(
-    weight: torch.Tensor, fmt: WeightFormat, rules: Sequence[int], ratios: Sequence[float]
+    weight: torch.Tensor,
+    fmt: WeightFormat,
+    rules: Sequence[int],
+    ratios: Sequence[float],
+    level: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """``weight`` [N, K] to nearest.
 
     Args:
         rules: numbers of csrc's RangeRule, tried in turn with each of ``ratios``, by which ranges are shrunk.
+        level: one of :func:`levels`; None: the last.
 
     Returns:
         codes, scale, multiplier and zero point as in :class:`.quantizer.QuantizedWeight`; and for each row whether
@@ -79,5 +90,6 @@ def quantize_weight(
         zero_point,
         doubtful,
         broken,
+        -1 if level is None else levels().index(level),
     )
     return codes, scale, multiplier, zero_point, doubtful, broken
