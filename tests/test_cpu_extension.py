@@ -36,7 +36,8 @@ def assert_same(found, expected):
     for name in PARTS:
         one, other = getattr(found, name), getattr(expected, name)
         assert (one is None) == (other is None), name
-        assert one is None or (one.dtype == other.dtype and torch.equal(one, other)), name
+        if one is not None:
+            assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other), name
 
 
 def by_passes(w, fmt, clip=None, zero_point=quantizer.DEFAULT_ZERO_POINT):
@@ -112,3 +113,35 @@ def test_any_number_of_threads_gives_the_same(monkeypatch):
     alone = quantize_weight(w, fmt)
     torch.set_num_threads(4)  # the fixture brings back what was
     assert_same(quantize_weight(w, fmt), alone)
+
+
+@pytest.mark.parametrize("name", ["w8", "w8_g32", "w4"])
+def test_the_scale_of_zeros_has_no_sign(name):
+    """PyTorch's passes give the one zero or the other."""
+    for w in (torch.zeros(3, 64), -torch.zeros(3, 64)):
+        scale = quantize_weight(w, WEIGHT_FORMATS[name]).scale
+        assert not scale.any() and not scale.signbit().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["w8", "w8_g64", "w4", "w4_g128"])
+def test_another_default_dtype_or_device_changes_nothing(name, dtype):
+    w, fmt = weights(300, 256), WEIGHT_FORMATS[name]
+    expected = quantize_weight(w, fmt)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert_same(quantize_weight(w, fmt), expected)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        assert_same(quantize_weight(w, fmt), expected)
+    assert_same(quantize_weight(w, fmt), expected)
+
+
+@pytest.mark.parametrize("size", [1e18, 5e18, 1e19, 3e19, 1e30, 1e38])
+@pytest.mark.parametrize("name", ["w8", "w4", "w4_g128", "w4_g32"])
+def test_where_squares_overflow_the_first_candidate_stays(name, size):
+    w, fmt = torch.randn(60, 384, generator=generator(4)).clamp(-3.3, 3.3) * size, WEIGHT_FORMATS[name]
+    for clip in (None, "search"):
+        assert_same(quantize_weight(w, fmt, clip=clip), by_passes(w, fmt, clip))

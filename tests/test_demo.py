@@ -97,7 +97,7 @@ def test_more_bits_are_nearer_to_the_original(outcome):
 
 def test_calibration_saw_steps_of_other_pictures(outcome):
     _, calibration = outcome
-    assert (calibration.step, calibration.moment_steps, calibration.steps) == (0, (0, 1), 2)
+    assert (calibration.step, calibration.moment_steps, calibration.steps) == (1, (1, 0), 2)
     assert calibration.moments
     picture_tokens = 2 * 2 * DEFAULT_PICTURES * (28 // 4) ** 2  # two steps, and guidance doubles the batch
     assert calibration.tokens["transformer_blocks.0.attn1.to_q"] == picture_tokens
@@ -142,12 +142,12 @@ def test_the_report_holds_every_row(outcome, tmp_path):
     for row, result in zip(record["rows"], results, strict=True):
         assert row == {name: value for name, value in vars(result).items() if name != "pictures"}
     assert record["settings"] == dict(classes=2, seeds=2, steps=2, guidance=2.0, device="cpu")
-    assert record["calibration"] == dict(step=0, steps=2, moment_steps=[0, 1])
+    assert record["calibration"] == dict(step=1, steps=2, moment_steps=[1, 0])
     assert record["environment"]["torch"] == torch.__version__
     page = (out / "report.md").read_text()
     assert (
         report.table(results) in page
-        and "of 2 steps ranges from 0, moments from 0 and 1" in page
+        and "of 2 steps ranges from 1, moments from 1 and 0" in page
         and "CPU implementation" in page
     )
     assert len(report.table(results).splitlines()) == 2 + len(results)

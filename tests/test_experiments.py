@@ -153,7 +153,7 @@ def test_the_page_has_its_pictures_and_commands():
     text = (DOCS / "experiments.md").read_text()
     for target in re.findall(r"\]\((experiments/[^)]+)\)", text):
         assert (DOCS / target).is_file(), target
-    for command in re.findall(r"-m ditq_kernels\.demo\.experiments ([a-z ]+)$", text, re.MULTILINE):
+    for command in re.findall(r"-m ditq_kernels\.demo\.experiments ([a-z_ ]+)$", text, re.MULTILINE):
         assert set(command.split()) <= {*EXPERIMENTS, "page", "pictures", "distribution"}
 
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace ditq {
@@ -20,6 +21,8 @@ typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4),
 constexpr float TO_INTEGER = 12582912.0f;
 // Sums of at most a few thousand squares differ by less than this share between any two orders that are in use.
 constexpr double CLOSE = 1e-5;
+// From here on a sum in fp32 may be infinite.
+constexpr double OVERFLOWS = std::numeric_limits<float>::max() * (1 - CLOSE);
 
 Lanes all(float value) { return Lanes{} + value; }
 Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
@@ -134,7 +137,7 @@ private:
             poison += at(w + k) * all(0.0f);  // NaN of what is not finite
         }
         if (!(sum(poison) == 0.0f)) return false;
-        grids_[g] = best(w, group, {largest(high), largest(-low)});
+        grids_[g] = best(w, group, {largest(high), largest(all(0.0f) - low)});
         return true;
     }
 
@@ -164,7 +167,9 @@ private:
     }
 
     bool prefers(double error, double before) {
-        close_ |= std::fabs(error - before) <= CLOSE * std::max(error, before) && std::max(error, before) > 0;
+        const double larger_one = std::max(error, before);
+        close_ |= std::fabs(error - before) <= CLOSE * larger_one && larger_one > 0;
+        close_ |= !(larger_one < OVERFLOWS);
         return error < before;
     }
 

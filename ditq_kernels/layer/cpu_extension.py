@@ -48,9 +48,7 @@ def rounds(weight: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
-def _limits() -> torch.Tensor:
-    return torch.tensor([float(largest_multiplier(zero_point)) for zero_point in range(CODE4_MAX + 1)])
+_LIMITS = tuple(float(largest_multiplier(zero_point)) for zero_point in range(CODE4_MAX + 1))
 
 
 def quantize_weight(
@@ -74,16 +72,18 @@ def quantize_weight(
     group = fmt.group or inputs
     groups = -(-inputs // group)
     scale_shape = (groups, rows) if fmt.promoted else (rows,)
-    codes = torch.empty(rows, inputs, dtype=torch.uint8 if fmt.two_level else torch.int8)
-    scale = torch.empty(scale_shape)
-    multiplier, zero_point = (torch.empty(groups, rows, dtype=torch.uint8) if fmt.two_level else None for _ in range(2))
-    doubtful, broken = (torch.empty(rows, dtype=torch.bool) for _ in range(2))
+    # Callers may have set another default dtype or device.
+    empty, fp32 = functools.partial(torch.empty, device="cpu"), dict(dtype=torch.float32, device="cpu")
+    codes = empty(rows, inputs, dtype=torch.uint8 if fmt.two_level else torch.int8)
+    scale = empty(scale_shape, dtype=torch.float32)
+    multiplier, zero_point = (empty(groups, rows, dtype=torch.uint8) if fmt.two_level else None for _ in range(2))
+    doubtful, broken = (empty(rows, dtype=torch.bool) for _ in range(2))
     torch.ops.ditq_cpu.quantize_weight(
         weight,
         group,
-        torch.tensor(rules, dtype=torch.int32),
-        torch.tensor(ratios, dtype=torch.float32),
-        _limits() if fmt.two_level else None,
+        torch.tensor(rules, dtype=torch.int32, device="cpu"),
+        torch.tensor(ratios, **fp32),
+        torch.tensor(_LIMITS, **fp32) if fmt.two_level else None,
         codes,
         scale,
         multiplier,

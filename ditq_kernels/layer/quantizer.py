@@ -45,21 +45,14 @@ class QuantizedWeight:
             *(None if part is None else part.new_empty(*part.shape[:-1], rows) for part in others),
         )
 
-    def row(self, place: int) -> QuantizedWeight:
-        """One row of it, as a weight of its own."""
-        rows = slice(place, place + 1)
-        others = (self.scale, self.multiplier, self.zero_point)
-        return QuantizedWeight(self.codes[rows], *(None if part is None else part[..., rows] for part in others))
-
-    def fill(self, start: int, part: QuantizedWeight) -> None:
-        """Put the rows of ``part`` where ``start`` is the first of them."""
-        stop = start + len(part.codes)
-        self.codes[start:stop] = part.codes
+    def fill(self, rows: slice | torch.Tensor, part: QuantizedWeight) -> None:
+        """Put those of ``part`` in the place of ``rows``, a slice or their numbers."""
+        self.codes[rows] = part.codes
         for mine, theirs in zip(
             (self.scale, self.multiplier, self.zero_point), (part.scale, part.multiplier, part.zero_point), strict=True
         ):
             if mine is not None:
-                mine[..., start:stop] = theirs
+                mine[..., rows] = theirs
 
 
 @dataclass(frozen=True)
@@ -180,7 +173,8 @@ def to_two_levels(grid: Grid, w: torch.Tensor) -> tuple[Grid, torch.Tensor, torc
     clipped), by squared error on ``w`` [N, K].
     """
     step, zero, groups = grid.step, grid.zero, _split_groups(w, grid.group)
-    limits = torch.tensor([float(largest_multiplier(z)) for z in range(CODE4_MAX + 1)], device=step.device)[zero.long()]
+    largest = [float(largest_multiplier(z)) for z in range(CODE4_MAX + 1)]
+    limits = torch.tensor(largest, dtype=step.dtype, device=step.device)[zero.long()]
     scale = (step / limits).amax(1)
     wanted = step / _positive(scale).unsqueeze(1)
     up = torch.minimum(wanted.ceil().clamp(min=1), limits)
@@ -325,7 +319,7 @@ def quantize_weight(
             return part
         if whole is None:  # at once, and not joined from parts in the end: that would leave holes in memory
             whole = part.of_rows(len(weight))
-        whole.fill(start, part)
+        whole.fill(slice(start, start + len(chunk)), part)
     return whole
 
 
@@ -354,8 +348,7 @@ def _rounded_by_extension(
         return found
     for some in doubtful.nonzero().flatten().split(_rows_at_once(w)):  # the order of a sum decides: PyTorch's
         again = _rounded(w[some].to(torch.float32), fmt, None, clip, zero_point)
-        for place, row in enumerate(some.tolist()):
-            found.fill(row, again.row(place))
+        found.fill(some, again)
     return found
 
 

@@ -25,7 +25,7 @@ from .wrappers import own_name
 FORMAT = "ditq-calibration"
 VERSION = 2
 DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for these
-DEFAULT_MOMENT_STEPS = (0.4, 0.8)  # where there are second moments; ranges are then of the first
+DEFAULT_MOMENT_STEPS = (0.6, 0.3, 0.9)  # where there are second moments; ranges are of the first
 DEFAULT_PICTURES = 20  # of a calibration run; `calibrate` takes whatever its run draws
 CHANNEL_AMAX = "channel_amax."  # and the layer's name: a tensor's name in the file
 
@@ -232,7 +232,7 @@ def calibrate(
         step: an index (negative: from the end), a fraction in [0, 1] of the run as a float, or several of them: ranges
             are those of the first, and second moments the sum over all. Without moments only the first is observed. Or
             "all": every step of one whole run, whose ranges are too wide for static schemes. None: the step at 0.6, and
-            with moments those at 0.4 and 0.8, which serve compensated rounding as well as all do.
+            for moments those at 0.3 and 0.9 too, which serve compensated rounding as well as all do.
         percentile: in (0, 100]: take this percentile of the magnitudes (nearest rank) for ``amax`` and let larger
             inputs saturate. Over several calls of a layer, the largest of the calls' percentiles.
         moments: True, or a collection of layer names and fnmatch patterns: also the second moments that

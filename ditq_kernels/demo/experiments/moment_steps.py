@@ -19,8 +19,8 @@ SCHEME = "w4a16_g64"
 STATIC_SCHEME, STATIC_SETS = "w4a8_g128_static", 2
 BEFORE = 0.6  # the one step of the default that was
 # The first of several is the one that ranges are of.
-CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.4, 0.8), (0.3, 0.6, 0.9), "all")
-STATIC_CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.4, 0.8))
+CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.4, 0.8), (0.6, 0.3, 0.9), "all")
+STATIC_CHOICES: tuple[StepChoice, ...] = (BEFORE, (0.4, 0.8), (0.6, 0.3, 0.9))
 
 
 def decoded(model: nn.Module) -> nn.Module:
