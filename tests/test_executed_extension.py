@@ -95,9 +95,9 @@ def test_flags_are_those_of_the_build(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "run", lambda target, command: commands.append(command))
     toolchain = build.Toolchain("nvcc", Path("torch"), Path("cutlass"))
-    for unit in build.units(toolchain):
+    for unit in build.gpu_library(toolchain).units:
         if unit.source.startswith("small_product"):
-            build.compile_unit(toolchain, unit)
+            build.compile_unit(unit)
     assert len(commands) == 2
     of_the_host = re.compile(r"nvcc|-Xcompiler=.*|-gencode=.*|-MMD|-MF|-c|-o|.*\.(d|cu|o)")
     for command in commands:

@@ -52,7 +52,7 @@ def why_unavailable() -> str | None:
 def _key_of_everything() -> bytes:
     """Of the compiler and all sources that a kernel may include."""
     digest = hashlib.sha256(subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout)
-    for path in sorted(SOURCES.glob("*")):
+    for path in sorted(filter(Path.is_file, SOURCES.glob("*"))):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.digest()
 
