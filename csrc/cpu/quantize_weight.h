@@ -11,8 +11,6 @@ enum class WeightType : int { float32, bfloat16 };
 // How the levels of a group are placed, in the order of cpu_extension.RULES.
 enum class RangeRule : std::int32_t { symmetric, eighth_level, free_zero_point, symmetric_int8 };
 
-constexpr int CODES4 = 16;
-
 struct WeightRounding {
     const void* weight;  // [rows, inputs], rows row_stride elements apart
     WeightType weight_type;
