@@ -13,11 +13,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
 # would compile everything, for most of its time.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+# Its tests would be skipped, and nobody would see that it does not compile any more.
+CPU_EXTENSION := $(if $(shell command -v g++),DITQ_BUILD_CPU=1)
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
 	$(INSTALL) --no-deps nvidia-cutlass
-	$(INSTALL) --no-build-isolation --editable '.[test]'
+	$(CPU_EXTENSION) $(INSTALL) --no-build-isolation --editable '.[test]'
 	touch $@
 
 demo: $(READY)
