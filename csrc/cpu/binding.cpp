@@ -29,15 +29,14 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr std::int64_t WEIGHTS_PER_TASK = 1 << 16;
 
 struct Level {
-    const char* name;
     RoundWeights round_weights;
     bool runs_here;
 };
 
-// From the least to the most that a CPU may have.
+// From the least to the most that a CPU may have; cpu_extension.LEVELS has their names.
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
-        std::vector<Level> found{{"baseline", baseline::round_weights, true}};
+        std::vector<Level> found{{baseline::round_weights, true}};
 #ifdef DITQ_X86
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -45,8 +44,8 @@ const std::vector<Level>& levels() {
         const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl");
-        found.push_back({"avx2", avx2::round_weights, avx2});
-        found.push_back({"avx512", avx512::round_weights, avx512});
+        found.push_back({avx2::round_weights, avx2});
+        found.push_back({avx512::round_weights, avx512});
 #endif
         return found;
     }();
