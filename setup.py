@@ -197,19 +197,32 @@ def gpu_library(toolchain: Toolchain) -> Library:
     )
 
 
-# Instructions that CPUs may have, each a namespace and an object file of its own, with the floats in a register; which
-# is used is decided at run time.
-X86_LEVELS = {
-    "baseline": ("-DDITQ_LANES=4",),
-    "avx2": ("-march=x86-64-v3", "-DDITQ_LANES=8"),
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DDITQ_LANES=16"),
-}
+@dataclass(frozen=True)
+class Level:
+    """Instructions that a CPU may have: a namespace, in which each of ``sources`` below csrc/cpu is compiled."""
+
+    name: str
+    sources: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+_ROUNDING, _PRODUCT = ("quantize_weight.cpp",), ("quantize_activation.cpp", "int8_product.cpp")
+_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DDITQ_LANES=16")
+_VNNI = (*_AVX512, "-mavx512vnni")
+# Which is used is decided at run time. From the least to the most: what two of them have in common, the linker takes
+# from the first.
+X86_LEVELS = (
+    Level("baseline", _ROUNDING, ("-DDITQ_LANES=4",)),
+    Level("avx2", _ROUNDING + _PRODUCT, ("-march=x86-64-v3", "-DDITQ_LANES=8", '-DDITQ_TILE="tile_avx2.h"')),
+    Level("avx512", _ROUNDING, _AVX512),
+    Level("avx512_vnni", _PRODUCT, (*_VNNI, '-DDITQ_TILE="tile_avx512_vnni.h"')),
+    Level("amx", _PRODUCT, (*_VNNI, "-mamx-tile", "-mamx-int8", '-DDITQ_TILE="tile_amx.h"')),
+)
 
 
 def cpu_library(toolchain: CpuToolchain, optional: bool) -> Library:
     """What is compiled for CPUs."""
     is_x86 = toolchain.machine in ("x86_64", "AMD64")
-    levels = X86_LEVELS if is_x86 else {"baseline": X86_LEVELS["baseline"]}
     compiler = (
         toolchain.compiler,
         "-std=c++17",
@@ -220,13 +233,15 @@ def cpu_library(toolchain: CpuToolchain, optional: bool) -> Library:
         "-ffp-contract=off",
     )
     compiler += ("-DDITQ_X86",) if is_x86 else ()
-    rounding = [
-        Unit("cpu/quantize_weight.cpp", (*compiler, *options, f"-DDITQ_LEVEL={level}"), level)
-        for level, options in levels.items()
+    units = [
+        Unit("cpu/binding.cpp", (*compiler, *STABLE, f"-I{toolchain.torch / 'include'}")),
+        Unit("cpu/levels.cpp", compiler),
     ]
-    binding = Unit("cpu/binding.cpp", (*compiler, *STABLE, f"-I{toolchain.torch / 'include'}"))
+    for level in X86_LEVELS if is_x86 else X86_LEVELS[:1]:
+        options = (*compiler, *level.options, f"-DDITQ_LEVEL={level.name}")
+        units += [Unit(f"cpu/{source}", options, level.name) for source in level.sources]
     link = (toolchain.compiler, "-shared")
-    return Library("_cpu", (binding, *rounding), link, _libraries(toolchain.torch), optional)
+    return Library("_cpu", tuple(units), link, _libraries(toolchain.torch), optional)
 
 
 def is_current(target: Path, command: list[str], sources: list[Path]) -> bool:

@@ -28,8 +28,7 @@ def describe() -> Iterator[str]:
             yield f"  {package:12} not installed"
     yield f"  {'nvcc':12} {shutil.which('nvcc') or 'not found'}"
     yield f"  {'extension':12} {extension.why_unavailable() or 'built, and loads'}"
-    reason = cpu_extension.why_unavailable()
-    yield f"  {'for CPUs':12} {reason or 'built, and loads: ' + cpu_extension.levels()[-1] + ' instructions'}"
+    yield f"  {'for CPUs':12} {cpu_extension.why_unavailable() or _cpu_levels()}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
@@ -41,6 +40,11 @@ def describe() -> Iterator[str]:
         for backend in BACKENDS:
             reason = why_unavailable(backend, kind)
             yield f"backend {backend:9} for {kind:4} tensors: {'works' if reason is None else 'no: ' + reason}"
+
+
+def _cpu_levels() -> str:
+    multiplies = cpu_extension.why_no_products() or f"{cpu_extension.product_levels()[-1]} instructions multiply"
+    return f"built, and loads: {cpu_extension.weight_levels()[-1]} instructions round weights, {multiplies}"
 
 
 def _print(args: argparse.Namespace) -> int:

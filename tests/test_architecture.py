@@ -16,9 +16,10 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("files", "memory", "progress", "revision"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
-        ("layer/packing", "layer/packed_weight", "layer/cpu_extension"),
+        ("layer/packing", "layer/packed_weight"),
+        ("layer/cpu_extension",),
         ("layer/quantizer", "layer/reference", "layer/extension"),
-        ("layer/replaced_weight", "layer/weight_view"),
+        ("layer/cpu", "layer/replaced_weight", "layer/weight_view"),
         ("kernels",),
         ("layer/backend",),
         ("layer/ops",),

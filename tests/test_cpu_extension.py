@@ -62,10 +62,10 @@ def test_with_every_rule_and_clip(fmt, zero_point, clip):
     assert_same(quantize_weight(w, fmt, clip=clip, zero_point=zero_point), by_passes(w, fmt, clip, zero_point))
 
 
-@pytest.mark.parametrize("level", cpu_extension.LEVELS)
+@pytest.mark.parametrize("level", cpu_extension.WEIGHT_LEVELS)
 @formats
 def test_every_level_of_instructions_rounds_alike(fmt, level):
-    if level not in cpu_extension.levels():
+    if level not in cpu_extension.weight_levels():
         pytest.skip(f"this CPU has no {level} instructions")
     w = weights(64, 1152, seed=3)
     rules = quantizer.ZERO_POINT_RULES["best"] if fmt.two_level else quantizer.INT8_RULES

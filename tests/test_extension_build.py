@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution
 
-from ditq_kernels.layer import extension
+from ditq_kernels.layer import cpu_extension, extension
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,10 +102,20 @@ def test_the_toolchain_for_cpus(build, tmp_path):
     assert "PyTorch's headers" in build.find_cpu_toolchain({}, {"g++": "g++"}.get, lambda _: None)
 
 
+def test_the_package_knows_the_levels(build):
+    for source, known in (
+        ("quantize_weight.cpp", cpu_extension.WEIGHT_LEVELS),
+        ("int8_product.cpp", cpu_extension.PRODUCT_LEVELS),
+    ):
+        assert tuple(level.name for level in build.X86_LEVELS if source in level.sources) == known
+
+
 def test_machines_that_are_no_x86_have_one_level(build):
-    for machine, levels in (("x86_64", list(build.X86_LEVELS)), ("aarch64", ["baseline"])):
+    every = [level.name for level in build.X86_LEVELS]
+    for machine, levels in (("x86_64", every), ("aarch64", ["baseline"])):
         library = build.cpu_library(build.CpuToolchain("g++", Path("torch"), machine), optional=True)
-        assert [unit.variant for unit in library.units if unit.variant] == levels
+        # In this order, so that no CPU meets instructions for a greater one in what the linker shares.
+        assert list(dict.fromkeys(unit.variant for unit in library.units if unit.variant)) == levels
         assert any("-DDITQ_X86" in unit.command for unit in library.units) == (machine == "x86_64")
 
 

@@ -8,7 +8,7 @@ from oracle import activations, linear
 
 import ditq_kernels as ditq
 from ditq_kernels import QuantLinear
-from ditq_kernels.layer import backend, extension, ops
+from ditq_kernels.layer import backend, cpu_extension, extension, ops
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 CPU = torch.device("cpu")
@@ -101,7 +101,10 @@ def test_quantize_activation_compiles():
 def test_the_backend_is_chosen_by_context_then_environment_then_device(monkeypatch):
     monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.selected_backend("cpu") == "reference"
+    for reason, own in (("no such instructions", "reference"), (None, "cpu")):
+        monkeypatch.setattr(cpu_extension, "why_no_products", lambda reason=reason: reason)
+        assert backend.selected_backend("cpu") == own
+    assert backend.selected_backend("mps") == "reference"
     monkeypatch.setenv(backend.BACKEND_VARIABLE, "triton")
     assert backend.selected_backend("cpu") == "triton"
     with ditq.use_backend("reference"):
@@ -132,13 +135,16 @@ def test_unsupported_combinations_say_what_would_work(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with ditq.use_backend("triton"), pytest.raises(ditq.UnsupportedError, match=r"TRITON_INTERPRET=1.*use reference"):
         ditq.quantize_activation(x)
+    monkeypatch.setattr(cpu_extension, "why_no_products", lambda: "this CPU has no avx2 instructions")
+    with ditq.use_backend("cpu"), pytest.raises(ditq.UnsupportedError, match="no avx2 instructions"):
+        ditq.quantize_activation(x)
     for reason, said in ((None, "takes CUDA tensors, and these are cpu; use reference"), ("not built", "not built")):
         monkeypatch.setattr(extension, "why_unavailable", lambda reason=reason: reason)
         with ditq.use_backend("cuda"), pytest.raises(ditq.UnsupportedError, match=said):
             ditq.quantize_activation(x)
     with (
-        pytest.raises(ValueError, match="unknown backend 'cpu'; allowed: reference, triton, cuda"),
-        ditq.use_backend("cpu"),
+        pytest.raises(ValueError, match="unknown backend 'gpu'; allowed: reference, cpu, triton, cuda"),
+        ditq.use_backend("gpu"),
     ):
         pass
     weight, _ = parts("w8_g64")
@@ -186,8 +192,11 @@ def test_a_weight_whose_parts_are_not_contiguous_is_refused(name):
                 call()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
 def test_vectors_may_have_any_stride(implementation, device):
+    reason = backend.why_unavailable(implementation, device.type)
+    if reason:
+        pytest.skip(reason)
     weight, bias = parts("w8", device)
     x = activations(3, 150, torch.bfloat16, device)
     codes, scales = torch.ops.ditq.quantize_activation(x, None)

@@ -1,6 +1,9 @@
-// The boundary to PyTorch of what runs on CPUs, on its stable ABI.
+// The boundary to PyTorch of what runs on CPUs, on its stable ABI. Only cpu_extension.py calls these operators, which makes
+// and checks the tensors.
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -8,18 +11,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "int8_product.h"
+#include "levels.h"
+#include "quantize_activation.h"
 #include "quantize_weight.h"
 
 namespace ditq {
-
-#define DITQ_DECLARE(LEVEL) \
-    namespace LEVEL { void round_weights(const WeightRounding&, std::int64_t, std::int64_t); }
-DITQ_DECLARE(baseline)
-#ifdef DITQ_X86
-DITQ_DECLARE(avx2)
-DITQ_DECLARE(avx512)
-#endif
-
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -27,36 +24,14 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr std::int64_t WEIGHTS_PER_TASK = 1 << 16;
+constexpr std::int64_t ACTIVATIONS_PER_TASK = 1 << 14;
+constexpr std::int64_t TASKS_PER_THREAD = 4;
+constexpr std::int64_t FEWEST_TILES = 16;  // of a task: it decodes its weights for them
 
-struct Level {
-    RoundWeights round_weights;
-    bool runs_here;
-};
-
-// From the least to the most that a CPU may have; cpu_extension.LEVELS has their names.
-const std::vector<Level>& levels() {
-    static const std::vector<Level> all = [] {
-        std::vector<Level> found{{baseline::round_weights, true}};
-#ifdef DITQ_X86
-        __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-        found.push_back({avx2::round_weights, avx2});
-        found.push_back({avx512::round_weights, avx512});
-#endif
-        return found;
-    }();
-    return all;
-}
-
-// How many levels run on this CPU: each of the first so many.
-std::int64_t level_count() {
-    std::int64_t count = 0;
-    for (const Level& level : levels()) count += level.runs_here;
-    return count;
+// The level asked for, or (-1) the last that runs on this CPU.
+template <class Level>
+const Level& chosen(const std::vector<Level>& levels, std::int64_t level) {
+    return levels.at(level < 0 ? running(levels) - 1 : level);
 }
 
 template <class T>
@@ -64,13 +39,28 @@ T* pointer(const OptionalTensor& tensor) {
     return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
-// Only cpu_extension.py calls it, which makes the tensors.
+FloatType float_type(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::BFloat16: return FloatType::bfloat16;
+        case ScalarType::Half: return FloatType::float16;
+        default: return FloatType::float32;
+    }
+}
+
+OutputType output_type(const Tensor& tensor) {
+    if (tensor.scalar_type() == ScalarType::Int) return OutputType::int32;
+    return static_cast<OutputType>(float_type(tensor));
+}
+static_assert(static_cast<int>(OutputType::float16) == static_cast<int>(FloatType::float16));
+
+std::int64_t divided_up(std::int64_t size, std::int64_t by) { return (size + by - 1) / by; }
+
 void quantize_weight(
     Tensor weight, std::int64_t group, Tensor rules, Tensor ratios, OptionalTensor limits, Tensor codes, Tensor scale,
     OptionalTensor multiplier, OptionalTensor zero_point, Tensor doubtful, Tensor broken, std::int64_t level) {
     WeightRounding given{};
     given.weight = weight.const_data_ptr();
-    given.weight_type = weight.scalar_type() == ScalarType::BFloat16 ? WeightType::bfloat16 : WeightType::float32;
+    given.weight_type = float_type(weight);
     given.rows = weight.size(0);
     given.inputs = weight.size(1);
     given.row_stride = weight.stride(0);
@@ -87,10 +77,68 @@ void quantize_weight(
     given.zero_point = pointer<std::uint8_t>(zero_point);
     given.doubtful = static_cast<std::uint8_t*>(doubtful.mutable_data_ptr());
     given.broken = static_cast<std::uint8_t*>(broken.mutable_data_ptr());
-    const RoundWeights round = levels().at(level < 0 ? level_count() - 1 : level).round_weights;
-    const std::int64_t rows_per_task = std::max<std::int64_t>(1, WEIGHTS_PER_TASK / std::max<std::int64_t>(1, given.inputs));
+    const RoundWeights round = chosen(weight_levels(), level).round_weights;
+    const std::int64_t rows_per_task = std::max<std::int64_t>(1, WEIGHTS_PER_TASK / given.inputs);
     torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
         round(given, first, last);
+    });
+}
+
+void quantize_activation(Tensor x, OptionalTensor amax, Tensor codes, Tensor scale, std::int64_t level) {
+    ActivationRounding given{};
+    given.x = x.const_data_ptr();
+    given.type = float_type(x);
+    given.rows = x.size(0);
+    given.inputs = x.size(1);
+    given.row_stride = x.stride(0);
+    given.amax = pointer<float>(amax);
+    given.codes = static_cast<std::int8_t*>(codes.mutable_data_ptr());
+    given.scale = static_cast<float*>(scale.mutable_data_ptr());
+    const RoundActivations round = chosen(product_levels(), level).round_activations;
+    const std::int64_t rows_per_task = std::max<std::int64_t>(1, ACTIVATIONS_PER_TASK / given.inputs);
+    torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
+        round(given, first, last);
+    });
+}
+
+struct Release {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+void linear_a8(
+    Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
+    std::int64_t group, bool promoted, Tensor out, std::int64_t level) {
+    const Int8ProductLevel& product = *chosen(product_levels(), level).int8_product;
+    Int8Product given{};
+    given.x = static_cast<const std::int8_t*>(qx.const_data_ptr());
+    given.sx = static_cast<const float*>(sx.const_data_ptr());
+    given.rows = qx.size(0);
+    given.inputs = qx.size(1);
+    given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
+    given.weight_row_bytes = qweight.size(1);
+    given.outputs = qweight.size(0);
+    given.group = group;
+    given.group_code = pointer<std::uint8_t>(group_code);
+    given.scale = static_cast<const float*>(scale.const_data_ptr());
+    given.promoted = promoted;
+    given.bias = pointer<float>(bias);
+    given.out = out.mutable_data_ptr();
+    given.out_type = output_type(out);
+
+    const std::int64_t tiles = divided_up(given.rows, product.tile_rows);
+    const std::int64_t columns = divided_up(given.outputs, TASK_OUTPUTS);
+    const std::int64_t wanted = divided_up(TASKS_PER_THREAD * torch::stable::get_num_threads(), columns);
+    const std::int64_t stretches = std::max<std::int64_t>(1, std::min(wanted, tiles / FEWEST_TILES));
+    given.task_rows = divided_up(tiles, stretches) * product.tile_rows;
+
+    const std::unique_ptr<void, Release> arranged(
+        ::operator new(product.arranged_bytes(given), std::align_val_t{64}));
+    torch::stable::parallel_for(0, tiles, FEWEST_TILES, [&](std::int64_t first, std::int64_t last) {
+        product.arrange(given, arranged.get(), first, last);
+    });
+    const std::int64_t tasks = columns * divided_up(given.rows, given.task_rows);
+    torch::stable::parallel_for(0, tasks, 1, [&](std::int64_t first, std::int64_t last) {
+        product.multiply(given, arranged.get(), first, last);
     });
 }
 
@@ -99,13 +147,27 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
         "quantize_weight(Tensor weight, int group, Tensor rules, Tensor ratios, Tensor? limits, Tensor(a!) codes, "
         "Tensor(b!) scale, Tensor(c!)? multiplier, Tensor(d!)? zero_point, Tensor(e!) doubtful, Tensor(f!) broken, "
         "int level) -> ()");
-    library.def("level_count() -> int");
+    library.def("quantize_activation(Tensor x, Tensor? amax, Tensor(a!) codes, Tensor(b!) scale, int level) -> ()");
+    library.def(
+        "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, "
+        "bool promoted, Tensor(a!) out, int level) -> ()");
+    library.def("weight_level_count() -> int");
+    library.def("product_level_count() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) { library.impl("quantize_weight", TORCH_BOX(&quantize_weight)); }
+STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) {
+    library.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+    library.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+    library.impl("linear_a8", TORCH_BOX(&linear_a8));
+}
+
+// How many levels run on this CPU: each of the first so many.
+std::int64_t weight_level_count() { return running(weight_levels()); }
+std::int64_t product_level_count() { return running(product_levels()); }
 
 STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CompositeExplicitAutograd, library) {
-    library.impl("level_count", TORCH_BOX(&level_count));
+    library.impl("weight_level_count", TORCH_BOX(&weight_level_count));
+    library.impl("product_level_count", TORCH_BOX(&product_level_count));
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ private:
 
     void load(std::int64_t n) {
         const std::int64_t first = n * given_.row_stride;
-        if (given_.weight_type == WeightType::float32) {
+        if (given_.weight_type == FloatType::float32) {
             std::memcpy(values_.data(), static_cast<const float*>(given_.weight) + first, 4 * given_.inputs);
             return;
         }

@@ -4,16 +4,16 @@
 
 #include <cstdint>
 
-namespace ditq {
+#include "float_types.h"
 
-enum class WeightType : int { float32, bfloat16 };
+namespace ditq {
 
 // How the levels of a group are placed, in the order of cpu_extension.RULES.
 enum class RangeRule : std::int32_t { symmetric, eighth_level, free_zero_point, symmetric_int8 };
 
 struct WeightRounding {
     const void* weight;  // [rows, inputs], rows row_stride elements apart
-    WeightType weight_type;
+    FloatType weight_type;  // no fp16
     std::int64_t rows;
     std::int64_t inputs;
     std::int64_t row_stride;

@@ -12,10 +12,11 @@ from types import ModuleType
 
 import torch
 
-from . import extension, reference
+from . import cpu_extension, extension, reference
 from .errors import UnsupportedError
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_OWN_BACKEND = {"cpu": "cpu", "cuda": "triton"}  # by the tensors' device
 BACKEND_VARIABLE = "DITQ_BACKEND"
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("ditq_backend", default=None)
 
@@ -28,7 +29,7 @@ def _known_backend(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block, every op runs on backend ``name``: "reference", "triton" or "cuda".
+    """Within the ``with`` block, every op runs on backend ``name``, one of :data:`BACKENDS`.
 
     Raises:
         ValueError: for an unknown name.
@@ -54,6 +55,10 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     """None if ``backend`` can serve tensors on ``device_type``, else the reason in one clause, with the way out."""
     if backend == "reference":
         return None
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"it takes CPU tensors, and these are {device_type}; use triton or reference"
+        return cpu_extension.why_no_products()
     if backend == "cuda":
         reason = extension.why_unavailable()
         if reason is None and device_type != "cuda":
@@ -74,7 +79,7 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
 
 def selected_backend(device_type: str) -> str:
     """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA
-    tensors and reference for others.
+    tensors, cpu for CPU tensors where that is possible, and reference.
 
     Raises:
         UnsupportedError: if the backend asked for cannot serve the device.
@@ -82,7 +87,8 @@ def selected_backend(device_type: str) -> str:
     """
     asked = _chosen.get() or os.environ.get(BACKEND_VARIABLE)
     if asked is None:
-        return "triton" if device_type == "cuda" and why_unavailable("triton", device_type) is None else "reference"
+        own = _OWN_BACKEND.get(device_type, "reference")
+        return own if why_unavailable(own, device_type) is None else "reference"
     reason = why_unavailable(_known_backend(asked), device_type)
     if reason:
         raise UnsupportedError(f"backend {asked!r} cannot serve {device_type} tensors: {reason}")
@@ -94,6 +100,10 @@ def backend_of(device: torch.device) -> ModuleType:
     backend = selected_backend(device.type)
     if backend == "reference":
         return reference
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu
     if backend == "cuda":
         from ..kernels import cuda
 

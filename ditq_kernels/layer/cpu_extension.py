@@ -13,11 +13,16 @@ from pathlib import Path
 import torch
 
 from .formats import CODE4_MAX, WeightFormat, largest_multiplier
+from .packed_weight import PackedWeight
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves it
 BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=1 pip install --no-build-isolation -e ."
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
-LEVELS = ("baseline", "avx2", "avx512")  # of instructions, as csrc/cpu/binding.cpp lists them
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUT_DTYPES = (*ACTIVATION_DTYPES, torch.int32)
+# Levels of instructions, as csrc/cpu/levels.cpp lists them: for rounding weights, and for activations and products.
+WEIGHT_LEVELS = ("baseline", "avx2", "avx512")
+PRODUCT_LEVELS = ("avx2", "avx512_vnni", "amx")
 
 
 @functools.cache
@@ -32,9 +37,20 @@ def why_unavailable() -> str | None:
     return None
 
 
-def levels() -> tuple[str, ...]:
-    """Those of :data:`LEVELS` that this CPU runs; the last is taken."""
-    return LEVELS[: torch.ops.ditq_cpu.level_count()]
+def weight_levels() -> tuple[str, ...]:
+    """Those of :data:`WEIGHT_LEVELS` that this CPU runs; the last is taken."""
+    return WEIGHT_LEVELS[: torch.ops.ditq_cpu.weight_level_count()]
+
+
+def product_levels() -> tuple[str, ...]:
+    """Those of :data:`PRODUCT_LEVELS` that this CPU runs; the last is taken."""
+    return PRODUCT_LEVELS[: torch.ops.ditq_cpu.product_level_count()]
+
+
+@functools.cache
+def why_no_products() -> str | None:
+    """None if the extension multiplies on this CPU, else the reason in one clause."""
+    return why_unavailable() or (None if product_levels() else f"this CPU has no {PRODUCT_LEVELS[0]} instructions")
 
 
 def rounds(weight: torch.Tensor) -> bool:
@@ -62,7 +78,7 @@ def quantize_weight(
 
     Args:
         rules: numbers of csrc's RangeRule, tried in turn with each of ``ratios``, by which ranges are shrunk.
-        level: one of :func:`levels`; None: the last.
+        level: one of :func:`weight_levels`; None: the last.
 
     Returns:
         codes, scale, multiplier and zero point as in :class:`.quantizer.QuantizedWeight`; and for each row whether
@@ -90,6 +106,49 @@ def quantize_weight(
         zero_point,
         doubtful,
         broken,
-        -1 if level is None else levels().index(level),
+        -1 if level is None else weight_levels().index(level),
     )
     return codes, scale, multiplier, zero_point, doubtful, broken
+
+
+def quantize_activation(
+    x: torch.Tensor, amax: torch.Tensor | None, level: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`.reference.quantize_activation` of ``x`` [M, K] that is not empty, by one of :func:`product_levels`."""
+    x = x if x.dtype in ACTIVATION_DTYPES else x.to(torch.float32)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(x.shape[:1], dtype=torch.float32, device="cpu")
+    amax = amax if amax is None else amax.to(torch.float32)
+    torch.ops.ditq_cpu.quantize_activation(x, amax, codes, scale, _product_number(level))
+    return codes, scale
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    level: str | None = None,
+) -> torch.Tensor:
+    """:func:`.reference.linear_a8` of what is not empty, to one of :data:`OUTPUT_DTYPES`."""
+    fmt = weight.fmt
+    out = torch.empty((qx.shape[0], weight.out_features), dtype=out_dtype, device="cpu")
+    torch.ops.ditq_cpu.linear_a8(
+        qx.contiguous(),
+        sx,
+        weight.qweight,
+        weight.scale,
+        weight.group_code,
+        bias if bias is None else bias.to(torch.float32),
+        fmt.group or weight.in_features,
+        fmt.promoted,
+        out,
+        _product_number(level),
+    )
+    return out
+
+
+def _product_number(level: str | None) -> int:
+    return -1 if level is None else product_levels().index(level)

@@ -1,0 +1,60 @@
+"""The ops on CPU tensors: those of int8 activations by the extension for CPUs, others as the reference does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import cpu_extension, reference
+from .packed_weight import PackedWeight
+from .reference import grad_input, linear_a16, norm_modulate
+
+__all__ = [
+    "gelu_quantize",
+    "grad_input",
+    "linear_a8",
+    "linear_a16",
+    "norm_modulate",
+    "norm_modulate_quantize",
+    "quantize_activation",
+]
+
+
+def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`.reference.quantize_activation`, bit for bit."""
+    implementation = cpu_extension if x.numel() else reference
+    return implementation.quantize_activation(x, amax)
+
+
+def gelu_quantize(
+    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`.reference.gelu_quantize`, bit for bit."""
+    return quantize_activation(F.gelu(x.to(torch.float32), approximate=approximate), amax)
+
+
+def norm_modulate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`.reference.norm_modulate_quantize`, bit for bit."""
+    normed = reference.norm_modulate(x.to(torch.float32), weight, bias, shift, scale, eps)
+    return quantize_activation(normed.flatten(0, 1), amax)
+
+
+def linear_a8(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As :func:`.reference.linear_a8`, bit for bit."""
+    there = qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES
+    implementation = cpu_extension if there else reference
+    return implementation.linear_a8(qx, sx, weight, bias, out_dtype)
