@@ -15,11 +15,13 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 # Its tests would be skipped, and nobody would see that it does not compile any more.
 CPU_EXTENSION := $(if $(shell command -v g++),DITQ_BUILD_CPU=1)
+# The extensions are compiled while all else is fetched.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
 	$(INSTALL) --no-deps nvidia-cutlass
-	$(CPU_EXTENSION) $(INSTALL) --no-build-isolation --editable '.[test]'
+	DITQ_BUILD_CUDA=0 DITQ_BUILD_CPU=0 $(INSTALL) --no-build-isolation --editable '.[test]' & installing=$$!; \
+		$(CPU_EXTENSION) $(BIN)/python setup.py --quiet build_ext --inplace; built=$$?; wait $$installing && exit $$built
 	touch $@
 
 demo: $(READY)

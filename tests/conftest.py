@@ -23,6 +23,10 @@ COUNTED = "DITQ_COUNTED_ARCH" in os.environ
 HAS_GPU = torch.cuda.is_available() or COUNTED
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        import interpreted_once
+
+        interpreted_once.install()
 
 
 TESTS = Path(__file__).resolve().parent

@@ -112,10 +112,10 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("command",),
     ),
     "benchmark": (
-        ("__init__", "cases", "checks", "timing"),
+        ("__init__", "cases", "checks", "timing", "turns"),
         ("ceilings", "contenders"),
         ("elementwise", "peers", "pictures", "quantizing"),
-        ("run", "provenance", "targets"),
+        ("run", "provenance", "targets", "cpu_blocks"),
         ("report", "tune"),
         ("ahead",),
         ("command",),

@@ -496,13 +496,13 @@ def test_bench_writes_a_report_and_does_without_matplotlib(pretended_gpu, tmp_pa
     assert "w8a8 product cuda: route 'cuda' takes CUDA tensors" in printed
 
 
-def test_the_commands_say_that_a_cpu_has_nothing_to_measure(monkeypatch, capsys):
-    inspected = []
-    monkeypatch.setattr("ditq_kernels.inspect.command.inspect_kernels", lambda: inspected.append(True) or 0)
-    assert cli.main(["bench", "--device", "cpu", "--quick"]) == 0
-    assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and inspected == [True]
+def test_the_commands_say_that_on_a_cpu_no_kernel_for_gpus_is_measured(monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(command, "bench_cpu", lambda out, quick: asked.append((out, quick)) or 0)
+    assert cli.main(["bench", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and asked == [(tmp_path, True)]
     assert cli.main(["tune", "--device", "cpu"]) == 0
-    assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and inspected == [True]
+    assert options.NOTHING_TO_MEASURE in capsys.readouterr().out and len(asked) == 1
 
 
 @pytest.mark.parametrize(

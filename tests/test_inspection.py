@@ -66,7 +66,7 @@ def test_an_eighth_of_the_shipped_forms_passes(arch, found):
     relatives = sum(config.family(one) == config.family(arch) for one in inspection.ARCHITECTURES)
     assert [finding["name"] for finding in found[arch]] == list(variants) and len(variants) >= len(
         every
-    ) // 8 // relatives
+    ) // inspection.QUICK_EVERY // relatives
     for finding in found[arch]:
         variant = variants[finding["name"]]
         assert finding["failures"] == [], finding

@@ -88,9 +88,8 @@ def bench_quantizing(out: Path) -> int:
     print(quantizing.table(rates))
     shape = " x ".join(map(str, quantizing.COMPENSATED_SHAPE))
     seconds = statistics.median(compensated)
-    machine = about["cpu"]
     print(f"\nerror-compensated rounding of {shape} to w4a8_g128: {seconds:.2f} s")
-    print(f"{machine['name']}, {machine['threads']} threads, {machine['instructions']}; torch {about['torch']}")
+    print(_machine(about))
     try:
         from .pictures import draw_rates
 
@@ -98,6 +97,38 @@ def bench_quantizing(out: Path) -> int:
     except ImportError as error:
         print(f"{path}  (no picture: {error})")
     return 0
+
+
+def bench_cpu(out: Path, quick: bool) -> int:
+    """Measure how long blocks of models take on this CPU, print the table, and write JSON and a picture below ``out``;
+    the exit code. ``quick``: not compiled, in few rounds.
+    """
+    from . import cpu_blocks
+
+    compiled = (False,) if quick else (False, True)
+    rounds = cpu_blocks.QUICK_ROUNDS if quick else cpu_blocks.ROUNDS
+    wanted = len(cpu_blocks.SUBJECTS) * len(cpu_blocks.CONTENDERS) * len(compiled)
+    timings = list(track(cpu_blocks.measure(compiled=compiled, rounds=rounds), wanted, "library"))
+    about = provenance() | dict(cpu=cpu())
+    path = out / "cpu_blocks.json"
+    report.write(path, cpu_blocks.record(timings, about))
+    print(cpu_blocks.table(timings))
+    print(f"\n{_machine(about)}")
+    try:
+        from .pictures import draw_timings
+
+        print(f"{path}  {draw_timings(timings, out)}")
+    except ImportError as error:
+        print(f"{path}  (no picture: {error})")
+    return 0
+
+
+def _machine(about: dict[str, Any]) -> str:
+    machine = about["cpu"]
+    return (
+        f"{machine['name']}, {machine['threads']} threads, {machine['instructions']}, our products by "
+        f"{machine['products']}; torch {about['torch']}"
+    )
 
 
 def _draw(content: dict[str, Any], directory: Path) -> str:

@@ -11,14 +11,18 @@ from typing import Any
 from .. import arguments
 from ..arguments import AddCommand
 
-NOTHING_TO_MEASURE = "no CUDA GPU to measure: kernels run on the CPU only to be tested, and nothing is timed there"
+NOTHING_TO_MEASURE = (
+    "no CUDA GPU to measure: kernels for GPUs run on the CPU only to be tested, and are not timed there"
+)
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", help="only layers of models whose names begin so (default: all)"
     )
-    parser.add_argument("--quick", action="store_true", help="only the shapes that targets are set for")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the shapes that targets are set for; on a CPU, eager, in few rounds"
+    )
     parser.add_argument(
         "--seconds", type=arguments.seconds, default=600.0, help="time to start new cases in (default: %(default).0f)"
     )
@@ -44,12 +48,10 @@ def _bench(args: argparse.Namespace) -> int:
         return bench_quantizing(args.out)
     device = _gpu(arguments.device(args.device))
     if device is None:
-        from ..inspect.command import inspect_kernels
+        from .command import bench_cpu
 
-        # What can be said of the kernels' speed without a GPU: what they compile to.
-        print("instead, all kernels are compiled for every architecture and their machine code is read; takes minutes")
-        inspect_kernels()
-        return 0
+        print("instead, blocks of models are timed on this CPU; what kernels for GPUs compile to, says `ditq inspect`")
+        return bench_cpu(args.out, args.quick)
     from .command import BenchSettings, bench
 
     settings = BenchSettings(args.out, args.models, args.schemes, args.rows, args.quick, args.seconds)
@@ -70,9 +72,10 @@ def add_commands(command: AddCommand) -> None:
     bench = command(
         "bench",
         _bench,
-        "measure the kernels beside cuBLAS and other projects' on real layers; without a GPU, inspect them",
+        "measure the kernels beside cuBLAS and other projects' on real layers; on a CPU, blocks of models",
         "  ditq bench --quick --out out/bench\n"
         "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300\n"
+        "  ditq bench --device cpu --out out/bench\n"
         "  ditq bench --quantizing --out out/bench",
     )
     _selection(bench)

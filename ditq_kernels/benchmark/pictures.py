@@ -1,18 +1,19 @@
 """A run's JSON as pictures: speed-up over M for each layer, and the roofline with the ceilings measured in that run.
-And the rates of quantizing.
+And the rates of quantizing, and the times of blocks on a CPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
 from .contenders import BASELINE
 
-SPEEDUP_FILE, ROOFLINE_FILE, RATES_FILE = "speedup.png", "roofline.png", "quantizing.png"
+SPEEDUP_FILE, ROOFLINE_FILE, RATES_FILE, BLOCKS_FILE = "speedup.png", "roofline.png", "quantizing.png", "cpu_blocks.png"
 # The contenders that a picture shows, in the order of its legend: more would hide each other. Colour and marker are
 # fixed, so that pictures can be compared; the colours are Okabe and Ito's, which colour-blind readers tell apart.
 SHOWN = {
@@ -172,33 +173,68 @@ def draw(content: dict[str, Any], directory: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def draw_rates(rates: Sequence[Any], directory: Path) -> Path:
-    """Bars of million weights a second, of :class:`.quantizing.Rate`, a panel for each layer, with quartiles."""
+@dataclass(frozen=True)
+class Bar:
+    """A value with its quartiles, in the row ``name`` of the panel ``panel``."""
+
+    name: str
+    panel: str
+    lower: float
+    median: float
+    upper: float
+
+
+def _draw_bars(bars: Sequence[Bar], label: str, digits: int, path: Path) -> Path:
+    """A panel beside the other, a row for each name, ours in blue."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = list(dict.fromkeys(rate.shape for rate in rates))
-    names = list(dict.fromkeys(rate.name for rate in rates if rate.median))
-    size = (4.2 * len(shapes) + 1.6, 0.34 * len(names) + 1.3)
-    figure, axes = plt.subplots(1, len(shapes), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        found = {rate.name: rate for rate in rates if rate.shape == shape and rate.median}
-        for place, name in enumerate(names):
-            if name in found:
-                rate = found[name]
-                whiskers = [[rate.median - rate.lower], [rate.upper - rate.median]]
-                colour = "#0072B2" if name.startswith("ditq_kernels") else "#999999"
-                axis.barh(place, rate.median, xerr=whiskers, color=colour, ecolor="black", capsize=2)
-                axis.text(rate.upper, place, f" {rate.median:.0f}", va="center", fontsize=8)
+    panels, names = (list(dict.fromkeys(getattr(bar, of) for bar in bars)) for of in ("panel", "name"))
+    size = (4.2 * len(panels) + 1.6, 0.34 * len(names) + 1.3)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for bar in (bar for bar in bars if bar.panel == panel):
+            place = names.index(bar.name)
+            whiskers = [[bar.median - bar.lower], [bar.upper - bar.median]]
+            colour = "#0072B2" if bar.name.startswith("ditq_kernels") else "#999999"
+            axis.barh(place, bar.median, xerr=whiskers, color=colour, ecolor="black", capsize=2)
+            axis.text(bar.upper, place, f" {bar.median:.{digits}f}", va="center", fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlim(0, 1.18 * axis.get_xlim()[1])
-        axis.set_title("N={}  K={}".format(*shape), fontsize=10)
-        axis.set_xlabel("million weights a second", fontsize=9)
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
         axis.grid(alpha=0.3, axis="x")
-    path = directory / RATES_FILE
     _save(figure, path)
     plt.close(figure)
     return path
+
+
+def draw_rates(rates: Sequence[Any], directory: Path) -> Path:
+    """Bars of million weights a second, of :class:`.quantizing.Rate`, a panel for each layer, with quartiles."""
+    bars = [
+        Bar(rate.name, "N={}  K={}".format(*rate.shape), rate.lower, rate.median, rate.upper)
+        for rate in rates
+        if rate.median
+    ]
+    return _draw_bars(bars, "million weights a second", 0, directory / RATES_FILE)
+
+
+def draw_timings(timings: Sequence[Any], directory: Path) -> Path:
+    """Bars of milliseconds, of :class:`.cpu_blocks.Timing`, a panel for each block, eager and compiled, with
+    quartiles.
+    """
+    bars = [
+        Bar(
+            timing.name,
+            f"{timing.subject}\n{'compiled' if timing.compiled else 'eager'}",
+            timing.lower,
+            timing.median,
+            timing.upper,
+        )
+        for timing in timings
+        if timing.median
+    ]
+    return _draw_bars(bars, "milliseconds: shorter is faster", 1, directory / BLOCKS_FILE)

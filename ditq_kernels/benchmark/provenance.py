@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..layer import cpu_extension
 from ..revision import commit, output_of
 from .peers import versions as peer_versions
 
@@ -32,7 +33,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Name and cores of this machine's CPU, and what of it PyTorch uses."""
+    """Name and cores of this machine's CPU, and what of it PyTorch uses and our int8 products."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -42,6 +43,7 @@ def cpu() -> dict[str, Any]:
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         instructions=torch.backends.cpu.get_cpu_capability(),
+        products=cpu_extension.why_no_products() or cpu_extension.product_levels()[-1],
     )
 
 

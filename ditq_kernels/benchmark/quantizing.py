@@ -7,9 +7,7 @@ All take turns, round by round, on a fresh copy of the same layer; a figure is t
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from torch import nn
 
 from ..layer.linear import QuantLinear
 from ..memory import return_freed
+from .turns import Quartiles, take_turns, version_of
 
 ROUNDS = 7
 # (N, K): the largest layers of DiT-XL/2 and of FLUX.1.
@@ -111,14 +110,6 @@ class Rate:
     reason: str | None = None
 
 
-def version_of(package: str | None) -> str | None:
-    """Installed version; None where it is missing."""
-    try:
-        return importlib.metadata.version(package or "ditq_kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _status(name: str) -> int | None:
     """Bytes of memory that the system says of this process; None where it does not."""
     try:
@@ -164,34 +155,28 @@ def _layer(shape: tuple[int, int]) -> nn.Linear:
 
 
 def _rates(shape: tuple[int, int], quantizers: Sequence[Quantizer], rounds: int) -> Iterator[Rate]:
-    layer, seconds, failed = _layer(shape), {one.name: [] for one in quantizers}, {}
+    layer, weights = _layer(shape), shape[0] * shape[1]
     memory: dict[str, int | None] = {}
-    for turn in range(-1, rounds):  # one before the first warms up
-        for one in quantizers[turn % len(quantizers) :] + quantizers[: turn % len(quantizers)]:
-            if one.name in failed:
-                continue
-            mine = copy.deepcopy(layer)
-            try:
-                if turn < 0:
-                    one.convert(copy.deepcopy(layer))
-                    memory[one.name] = temporary_bytes(mine, one.convert)
-                    continue
-                started = time.perf_counter()
-                one.convert(mine)
-                seconds[one.name].append(time.perf_counter() - started)
-            except Exception as error:  # another library's
-                failed[one.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    weights = layer.weight.numel()
+
+    def rate(one: Quantizer) -> float:
+        mine = copy.deepcopy(layer)
+        if one.name not in memory:  # after a first time, that loads what it needs
+            one.convert(copy.deepcopy(layer))
+            memory[one.name] = temporary_bytes(mine, one.convert)
+            return 0.0
+        started = time.perf_counter()
+        one.convert(mine)
+        return weights / (time.perf_counter() - started) / 1e6
+
+    found, failed = take_turns({one.name: partial(rate, one) for one in quantizers}, rounds)
     for one in quantizers:
         facts = (one.name, one.kind, shape, version_of(one.package))
         if one.name in failed:
             yield Rate(*facts, reason=failed[one.name])
             continue
-        lower, median, upper = statistics.quantiles(
-            [weights / s / 1e6 for s in seconds[one.name]], n=4, method="inclusive"
-        )
+        of = Quartiles.of(found[one.name])
         held = memory[one.name]
-        yield Rate(*facts, median, lower, upper, None if held is None else held / weights)
+        yield Rate(*facts, of.median, of.lower, of.upper, None if held is None else held / weights)
 
 
 def measure(

@@ -161,9 +161,11 @@ def _page(
     summed = " and ".join(map(str, calibration.moment_steps or (calibration.step,)))
     steps = f"of {calibration.steps} steps ranges from {calibration.step}, moments from {summed}"
     implementation = results[-1].backend
-    meaning = {"reference": "the CPU implementation", "triton": "the Triton kernels"}.get(
-        implementation, implementation
-    )
+    meaning = {
+        "reference": "PyTorch's own products",
+        "cpu": "this library's kernels for CPUs",
+        "triton": "the Triton kernels",
+    }.get(implementation, implementation)
     lines = [
         "# Quantizing the embedded diffusion transformer",
         "",
