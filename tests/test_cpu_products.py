@@ -95,6 +95,15 @@ def test_any_number_of_threads_gives_the_same(level, threads, one_thread):
         assert_same_bits(found, reference.linear_a8(qx, sx, weight, None, torch.float32))
 
 
+@levels
+def test_many_rows_take_turns(level):
+    weight, (qx, sx) = weight_of(WEIGHT_FORMATS["w4_g32"], 24, 64), int8_activations(8192 + 1100, 64)
+    bias = torch.ones(24)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, level)
+        assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype))
+
+
 def test_every_code_of_int8():
     """Also those that the quantizer never makes."""
     codes = torch.arange(-128, 128).to(torch.int8).repeat(64, 4)

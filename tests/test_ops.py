@@ -167,6 +167,12 @@ def test_parts_that_do_not_fit_are_named():
         linear_a16(x, qweight, scale, None, None, "w4_g32")
     with pytest.raises(ValueError, match="group_code of a w4_g64 weight"):
         linear_a16(x, qweight, scale, group_code, None, "w4_g64")
+    with pytest.raises(ValueError, match=r"bias must be \[24\], one value per output, got \[23\]"):
+        linear_a16(x, qweight, scale, group_code, torch.ones(23), "w4_g32")
+    codes, scales = ditq.quantize_activation(x)
+    for qx, sx in ((codes, scales[:2]), (codes, scales.double()), (codes.int(), scales), (codes, scales.unsqueeze(1))):
+        with pytest.raises(ValueError, match=r"codes must be torch.int8 \[M, K\] and their scales torch.float32 \[M\]"):
+            torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, None, "w4_g32", x.dtype)
 
 
 def spread(tensor):

@@ -27,6 +27,8 @@ constexpr std::int64_t WEIGHTS_PER_TASK = 1 << 16;
 constexpr std::int64_t ACTIVATIONS_PER_TASK = 1 << 14;
 constexpr std::int64_t TASKS_PER_THREAD = 4;
 constexpr std::int64_t FEWEST_TILES = 16;  // of a task: it decodes its weights for them
+constexpr std::int64_t MOST_TASK_ROWS = 1024;  // whose sums the second cache may hold
+constexpr std::int64_t ROWS_AT_ONCE = 8192;  // bounds the memory in which activations are laid out
 
 // The level asked for, or (-1) the last that runs on this CPU.
 template <class Level>
@@ -105,30 +107,12 @@ struct Release {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 
-void linear_a8(
-    Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
-    std::int64_t group, bool promoted, Tensor out, std::int64_t level) {
-    const Int8ProductLevel& product = *chosen(product_levels(), level).int8_product;
-    Int8Product given{};
-    given.x = static_cast<const std::int8_t*>(qx.const_data_ptr());
-    given.sx = static_cast<const float*>(sx.const_data_ptr());
-    given.rows = qx.size(0);
-    given.inputs = qx.size(1);
-    given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
-    given.weight_row_bytes = qweight.size(1);
-    given.outputs = qweight.size(0);
-    given.group = group;
-    given.group_code = pointer<std::uint8_t>(group_code);
-    given.scale = static_cast<const float*>(scale.const_data_ptr());
-    given.promoted = promoted;
-    given.bias = pointer<float>(bias);
-    given.out = out.mutable_data_ptr();
-    given.out_type = output_type(out);
-
+void multiply(const Int8ProductLevel& product, Int8Product given) {
     const std::int64_t tiles = divided_up(given.rows, product.tile_rows);
     const std::int64_t columns = divided_up(given.outputs, TASK_OUTPUTS);
     const std::int64_t wanted = divided_up(TASKS_PER_THREAD * torch::stable::get_num_threads(), columns);
-    const std::int64_t stretches = std::max<std::int64_t>(1, std::min(wanted, tiles / FEWEST_TILES));
+    const std::int64_t fewest = divided_up(given.rows, MOST_TASK_ROWS);
+    const std::int64_t stretches = std::max(std::max<std::int64_t>(1, fewest), std::min(wanted, tiles / FEWEST_TILES));
     given.task_rows = divided_up(tiles, stretches) * product.tile_rows;
 
     const std::unique_ptr<void, Release> arranged(
@@ -140,6 +124,31 @@ void linear_a8(
     torch::stable::parallel_for(0, tasks, 1, [&](std::int64_t first, std::int64_t last) {
         product.multiply(given, arranged.get(), first, last);
     });
+}
+
+void linear_a8(
+    Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
+    std::int64_t group, bool promoted, Tensor out, std::int64_t level) {
+    Int8Product given{};
+    given.inputs = qx.size(1);
+    given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
+    given.weight_row_bytes = qweight.size(1);
+    given.outputs = qweight.size(0);
+    given.group = group;
+    given.group_code = pointer<std::uint8_t>(group_code);
+    given.scale = static_cast<const float*>(scale.const_data_ptr());
+    given.promoted = promoted;
+    given.bias = pointer<float>(bias);
+    given.out_type = output_type(out);
+
+    const std::int64_t out_row_bytes = given.outputs * static_cast<std::int64_t>(out.element_size());
+    for (std::int64_t first = 0; first < qx.size(0); first += ROWS_AT_ONCE) {
+        given.rows = std::min(ROWS_AT_ONCE, qx.size(0) - first);
+        given.x = static_cast<const std::int8_t*>(qx.const_data_ptr()) + first * given.inputs;
+        given.sx = static_cast<const float*>(sx.const_data_ptr()) + first;
+        given.out = static_cast<std::uint8_t*>(out.mutable_data_ptr()) + first * out_row_bytes;
+        multiply(*chosen(product_levels(), level).int8_product, given);
+    }
 }
 
 STABLE_TORCH_LIBRARY(ditq_cpu, library) {

@@ -115,11 +115,11 @@ def quantize_activation(
     x: torch.Tensor, amax: torch.Tensor | None, level: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.reference.quantize_activation` of ``x`` [M, K] that is not empty, by one of :func:`product_levels`."""
-    x = x if x.dtype in ACTIVATION_DTYPES else x.to(torch.float32)
+    x = x.detach() if x.dtype in ACTIVATION_DTYPES else x.detach().to(torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device="cpu")
-    amax = amax if amax is None else amax.to(torch.float32)
+    amax = amax if amax is None else amax.detach().to(torch.float32)
     torch.ops.ditq_cpu.quantize_activation(x, amax, codes, scale, _product_number(level))
     return codes, scale
 
@@ -141,7 +141,7 @@ def linear_a8(
         weight.qweight,
         weight.scale,
         weight.group_code,
-        bias if bias is None else bias.to(torch.float32),
+        bias if bias is None else bias.detach().to(torch.float32),
         fmt.group or weight.in_features,
         fmt.promoted,
         out,

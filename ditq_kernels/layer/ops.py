@@ -83,6 +83,11 @@ def _side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _check_bias(bias: torch.Tensor | None, qweight: torch.Tensor) -> None:
+    if bias is not None and bias.shape != qweight.shape[:1]:
+        raise ValueError(f"bias must be [{qweight.shape[0]}], one value per output, got {list(bias.shape)}")
+
+
 def _check_amax(amax: torch.Tensor | None) -> None:
     if amax is not None and amax.numel() != 1:
         raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
@@ -137,12 +142,17 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
             "ask for a floating-point dtype"
         )
+    if qx.dtype != torch.int8 or sx.dtype != torch.float32 or sx.shape != qx.shape[:1]:
+        found = f"{qx.dtype} {list(qx.shape)} and {sx.dtype} {list(sx.shape)}"
+        raise ValueError(f"codes must be torch.int8 [M, K] and their scales torch.float32 [M], got {found}")
+    _check_bias(bias, qweight)
     sx, bias = _side_by_side(sx), _side_by_side(bias)
     return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
     weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
+    _check_bias(bias, qweight)
     return backend_of(x.device).linear_a16(x, weight, _side_by_side(bias), silu)
 
 
