@@ -131,7 +131,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "records", "simulated", "distribution"),
         ("lab", "tables"),
         ("calibration", "combinations", "layers", "peers", "plots", "positions", "remedies", "weights"),
-        ("moment_steps", "moments", "page"),
+        ("moment_steps", "moments", "page", "semistatic"),
         ("__main__",),
     ),
 }

@@ -119,21 +119,14 @@ def emulated(tmp_path_factory):
     """The library of tests/emulation/cpu_products.cpp."""
     folder = tmp_path_factory.mktemp("emulation")
     source = ROOT / "csrc" / "cpu"
-    compiler = [
-        shutil.which("g++"),
-        "-std=c++17",
-        "-O2",
-        "-march=x86-64-v3",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-Wno-psabi",
-    ]
+    options = ["-std=c++17", "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-Wno-psabi"]
+    compiler = [shutil.which("g++"), *options]
     objects = []
     for level in EMULATED:
-        options = ["-DDITQ_EMULATED", f"-DDITQ_LEVEL={level}", f'-DDITQ_TILE="tile_{level}.h"', "-DDITQ_LANES=16"]
+        defined = ["-DDITQ_EMULATED", f"-DDITQ_LEVEL={level}", f'-DDITQ_TILE="tile_{level}.h"', "-DDITQ_LANES=16"]
         objects.append(folder / f"{level}.o")
         subprocess.run(
-            [*compiler, *options, "-c", source / "int8_product.cpp", "-o", objects[-1]], check=True, capture_output=True
+            [*compiler, *defined, "-c", source / "int8_product.cpp", "-o", objects[-1]], check=True, capture_output=True
         )
     library = folder / "cpu_products.so"
     entry = ROOT / "tests" / "emulation" / "cpu_products.cpp"

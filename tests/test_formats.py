@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from ditq_kernels import SCHEMES, Scheme
-from ditq_kernels.layer.formats import CODE4_MAX, MULTIPLIER_MAX, RECOMMENDED, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels.layer.formats import (
+    CODE4_MAX,
+    MIXED_SCHEMES,
+    MULTIPLIER_MAX,
+    RECOMMENDED,
+    WEIGHT_FORMATS,
+    largest_multiplier,
+)
 from ditq_kernels.layer.packing import LAYOUTS
 
 
@@ -22,6 +29,19 @@ def test_the_recommended_schemes_come_first():
 def test_unknown_schemes_are_refused_with_what_is_allowed(name):
     with pytest.raises(ValueError, match=r"unknown scheme .*w<bits>a<bits>\[_g<group>\]\[_static\].*128"):
         Scheme.parse(name)
+
+
+def test_mixed_schemes_are_of_models():
+    assert set(MIXED_SCHEMES) == {
+        name.replace("_static", "_semistatic") for name in SCHEMES if name.endswith("_static")
+    }
+    for name, scheme in MIXED_SCHEMES.items():
+        assert Scheme.parse(name) is scheme and scheme.static and scheme.mixed and name not in SCHEMES
+        assert scheme.of_layer(False) is SCHEMES[name.replace("_semistatic", "_static")]
+        assert scheme.of_layer(True) is SCHEMES[name.removesuffix("_semistatic")]
+        assert scheme.weight_only is scheme.of_layer(True).weight_only
+    for scheme in SCHEMES.values():
+        assert scheme.of_layer(True) is scheme.of_layer(False) is Scheme.parse_for_layer(scheme) and not scheme.mixed
 
 
 def test_weight_only_keeps_the_weights():

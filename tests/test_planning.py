@@ -51,6 +51,21 @@ def test_a_subclass_takes_the_recipe_of_its_base():
     assert recipe_for(model) is RECIPES["DiTTransformer2DModel"]
 
 
+def test_a_semistatic_plan_finds_ranges_behind_activation_functions_at_run_time():
+    model = tiny_dit()
+    chosen, static = plan(model, "w4a8_g32_semistatic"), schemes_of(plan(model, "w4a8_g32_static"))
+    behind = {f"transformer_blocks.{i}.ff.net.2" for i in range(2)}
+    assert schemes_of(chosen) == {name: "w4a8_g32" if name in behind else scheme for name, scheme in static.items()}
+    assert all("found at run time" in chosen[name].reason for name in behind) and chosen.scheme == "w4a8_g32_semistatic"
+    assert Plan.from_json(chosen.to_json()) == chosen
+    with pytest.raises(ValueError, match="w8a8_semistatic is a whole model's: give a layer w8a8_static or w8a8"):
+        chosen.set("*.ff.net.2", "w8a8_semistatic")
+    with pytest.raises(ValueError, match="a whole model's"):
+        QuantLinear.from_linear(nn.Linear(32, 8), "w8a8_semistatic", input_amax=1.0)
+    with pytest.raises(ValueError, match="w8a8_static needs calibration"):
+        quantize(model, "w8a8_semistatic")
+
+
 def test_general_recipe():
     expected = {"embedder": None, "head": None}
     for i in range(2):

@@ -223,3 +223,28 @@ def test_a_recipe_is_named_after_a_class_of_diffusers():
 
 def test_the_page_of_sizes_is_up_to_date():
     assert (ROOT / "docs" / "models.md").read_text() == page(), "run python tests/published_models.py"
+
+
+# Of each architecture, layers that an activation function feeds, by the ends of their names.
+BEHIND_ACTIVATION = {
+    **{name: {"ff.net.2"} for name in ("DiT", "PixArt", "Hunyuan-DiT", "CogVideoX", "LTX-Video", "Cosmos")},
+    **{name: {"ff.net.2", "ff_context.net.2"} for name in ("SD3", "Mochi")},
+    **{name: {"ff.net.2", "ff_context.net.2", "proj_out"} for name in ("FLUX", "HunyuanVideo", "Chroma")},
+    "FLUX.2": {"ff.linear_out", "ff_context.linear_out", "attn.to_out"},
+    "Sana": set(),
+    "Wan": {"ffn.net.2"},
+    "Qwen-Image": {"img_mlp.net.2", "txt_mlp.net.2"},
+    "Lumina-Image 2.0": {"feed_forward.linear_2"},
+    "AuraFlow": {"ff.out_projection", "ff_context.out_projection"},
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_ACTIVATION)
+def test_what_activation_functions_feed_is_known(name):
+    model, _ = small_transformer(name)
+    chosen = plan(model, "w8a8_semistatic")
+    behind = {entry.name for entry in chosen.quantized() if "found at run time" in entry.reason}
+    ends = BEHIND_ACTIVATION[name]
+    assert {end for end in ends if any(one.endswith("." + end) for one in behind)} == ends
+    assert all(one.endswith(tuple("." + end for end in ends)) for one in behind)
+    assert not any(one == "proj_out" for one in behind)

@@ -55,7 +55,7 @@ class LayerRecord:
     def empty_layer(self, name: str) -> QuantLinear:
         """The layer on the meta device; CheckpointError where this version cannot read it."""
         try:
-            scheme = Scheme.parse(self.scheme)
+            scheme = Scheme.parse_for_layer(self.scheme)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
         layout = LAYOUTS.get(self.layout)

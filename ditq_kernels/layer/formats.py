@@ -79,11 +79,12 @@ class ActivationFormat:
 
     Attributes:
         bits: 16 (the input's own dtype, unchanged) or 8.
-        scaling: "none"; "token": one scale per row, found at run time; "tensor": one calibrated scale for the layer.
+        scaling: "none"; "token": one scale per row, found at run time; "tensor": one calibrated scale for the layer;
+            "mixed": of models, never of one layer: "token" behind activation functions, "tensor" elsewhere.
     """
 
     bits: int
-    scaling: Literal["none", "token", "tensor"]
+    scaling: Literal["none", "token", "tensor", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -99,33 +100,63 @@ class Scheme:
 
     @property
     def static(self) -> bool:
-        """Whether the activation scale is calibrated and not found at run time."""
-        return self.activation.scaling == "tensor"
+        """Whether activation scales are calibrated and not found at run time, those of a mixed one in part."""
+        return self.activation.scaling in ("tensor", "mixed")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is a model's, and layers take one of two schemes: :meth:`of_layer`."""
+        return self.activation.scaling == "mixed"
+
+    def of_layer(self, behind_activation: bool) -> Scheme:
+        """The scheme of a layer in a model that is to be quantized to this one.
+
+        Args:
+            behind_activation: whether the layer is fed by an activation function, whose range a calibration knows
+                worst, and behind which quantization is fused at run time.
+        """
+        if not self.mixed:
+            return self
+        return SCHEMES[self.name.removesuffix(SEMISTATIC) + ("" if behind_activation else "_static")]
 
     @property
     def weight_only(self) -> Scheme:
         """The scheme with the same weights and 16-bit activations."""
-        return SCHEMES[re.sub("a8", "a16", self.name).removesuffix("_static")]
+        return SCHEMES[re.sub("a8", "a16", self.name).removesuffix(SEMISTATIC).removesuffix("_static")]
 
     @classmethod
     def parse(cls, name: str | Scheme) -> Scheme:
         """The scheme called ``name``; a :class:`Scheme` is returned as it is.
 
-        The grammar is ``w<bits>a<bits>[_g<G>][_static]``.
+        The grammar is ``w<bits>a<bits>[_g<G>][_static | _semistatic]``.
 
         Raises:
             ValueError: naming what is allowed.
         """
         if isinstance(name, Scheme):
             return name
-        if name in SCHEMES:
-            return SCHEMES[name]
+        known = SCHEMES.get(name) or MIXED_SCHEMES.get(name)
+        if known is not None:
+            return known
         groups = ", ".join(str(group) for group in sorted(GROUP_SIZES))
         raise ValueError(
             f"unknown scheme {name!r}: a scheme reads w<bits>a<bits>[_g<group>][_static] with weight bits 8 or 4, "
-            f"activation bits 8 or 16, groups of {groups} (none: one scale per output channel), and _static only with "
-            f"8-bit activations; for example {', '.join(RECOMMENDED)}"
+            f"activation bits 8 or 16, groups of {groups} (none: one scale per output channel), and _static, or for a "
+            f"whole model _semistatic, only with 8-bit activations; for example {', '.join(RECOMMENDED)}"
         )
+
+    @classmethod
+    def parse_for_layer(cls, name: str | Scheme) -> Scheme:
+        """:meth:`parse` of what one layer is to have.
+
+        Raises:
+            ValueError: for a mixed scheme, too.
+        """
+        scheme = cls.parse(name)
+        if scheme.mixed:
+            choices = " or ".join(scheme.of_layer(behind).name for behind in (False, True))
+            raise ValueError(f"{scheme} is a whole model's: give a layer {choices}")
+        return scheme
 
 
 # One line a format; the order is the one in which tables and messages list them.
@@ -173,3 +204,12 @@ def _every_scheme() -> dict[str, Scheme]:
 
 
 SCHEMES: dict[str, Scheme] = _every_scheme()
+
+SEMISTATIC = "_semistatic"
+MIXED_SCHEMES: dict[str, Scheme] = {
+    scheme.name.removesuffix("_static") + SEMISTATIC: Scheme(
+        scheme.name.removesuffix("_static") + SEMISTATIC, scheme.weight, ActivationFormat(8, "mixed")
+    )
+    for scheme in SCHEMES.values()
+    if scheme.static
+}

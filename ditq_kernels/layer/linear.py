@@ -93,7 +93,7 @@ class QuantLinear(nn.Linear):
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.scheme = Scheme.parse(scheme)
+        self.scheme = Scheme.parse_for_layer(scheme)
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         fmt = self.scheme.weight
         layout = LAYOUTS[fmt.layout]
@@ -133,7 +133,7 @@ class QuantLinear(nn.Linear):
             TypeError: if ``linear`` is not an ``nn.Linear``, or is quantized already.
             ValueError: for a static scheme without a finite, positive ``input_amax``, and as ``quantize_weight`` does.
         """
-        scheme = Scheme.parse(scheme)
+        scheme = Scheme.parse_for_layer(scheme)
         if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
             raise TypeError(f"QuantLinear.from_linear takes an unquantized nn.Linear, got {type(linear).__name__}")
         weight = linear.weight

@@ -83,7 +83,7 @@ class Plan:
         return [entry for entry in self if entry.scheme is not None]
 
     def _change(self, entries: list[PlanEntry], scheme: str | Scheme | None, reason: str) -> None:
-        parsed = None if scheme is None else Scheme.parse(scheme)
+        parsed = None if scheme is None else Scheme.parse_for_layer(scheme)
         for entry in entries:
             if parsed is not None and entry.fixed:
                 raise ValueError(f"{entry.name} cannot be quantized: {entry.reason}")
@@ -141,8 +141,9 @@ class Plan:
             plan = cls(record["model"], record["scheme"], entries, record.get("other_parameters", 0))
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a stored plan: {error}") from None
-        for scheme in {plan.scheme, *(entry.scheme for entry in plan.quantized())}:
-            Scheme.parse(scheme)
+        Scheme.parse(plan.scheme)
+        for scheme in {entry.scheme for entry in plan.quantized()}:
+            Scheme.parse_for_layer(scheme)
         return plan
 
     def to_json(self) -> str:
@@ -210,8 +211,11 @@ def plan(
     entries = []
     for name, layer in layers.items():
         rule = recipe.rule_for(own_name(name))
-        wanted = {"keep": None, "weight_only": scheme.weight_only, "scheme": scheme}[rule.treatment]
+        of_layer = scheme.of_layer(recipe.is_behind_activation(own_name(name)))
+        wanted = {"keep": None, "weight_only": scheme.weight_only, "scheme": of_layer}[rule.treatment]
         reason, obstacle = rule.reason, obstacle_to(layer)
+        if scheme.mixed and wanted is not None and wanted.activation.scaling == "token":
+            reason += "; behind an activation function, its range is found at run time"
         if obstacle is None and id(layer.weight) in owners:
             obstacle = f"its weight is also that of {owners[id(layer.weight)]}, and would be stored twice"
         if obstacle:

@@ -17,6 +17,7 @@ from . import (
     peers,
     positions,
     remedies,
+    semistatic,
     weights,
 )
 
@@ -28,6 +29,7 @@ EXPERIMENTS = {
     "moment_steps": moment_steps,
     "combinations": combinations,
     "layers": layers,
+    "semistatic": semistatic,
     "remedies": remedies,
     "peers": peers,
 }

@@ -22,6 +22,7 @@ NAMES = (
     "moment_steps",
     "combinations",
     "layers",
+    "semistatic",
     "remedies",
     "peers",
 )

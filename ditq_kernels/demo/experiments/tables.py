@@ -191,6 +191,18 @@ def layers(records: Records) -> str:
     return markdown(("scheme", "change", "bits per weight, all layers", "PSNR or its change, dB"), lines)
 
 
+def semistatic(records: Records) -> str:
+    """Each scheme and strength, and what it gains over the first on the same pictures."""
+    base = list(records.all(scheme="w8a8_static", strength=None))
+    lines = []
+    for scheme, strength in dict.fromkeys((row["scheme"], row["strength"]) for row in records.rows):
+        rows = list(records.all(scheme=scheme, strength=strength))
+        how = scheme if strength is None else f"{scheme}, smoothed by {strength}"
+        change = "-" if (scheme, strength) == ("w8a8_static", None) else gain(rows, base)
+        lines.append((how, _by_set(rows), change))
+    return markdown(("", "PSNR dB; by set", "gain, dB"), lines)
+
+
 def smoothing(records: Records) -> str:
     lines = []
     strengths = (0.25, 0.5, 0.75, 1.0)

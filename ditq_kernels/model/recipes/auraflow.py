@@ -36,4 +36,5 @@ AURAFLOW = Recipe(
         Fold(_BLOCK, ("ff.out_projection",), ("ff.linear_2",)),
         Fold(_JOINT, ("ff_context.out_projection",), ("ff_context.linear_2",)),
     ),
+    behind_activation=r".+\.out_projection",
 )

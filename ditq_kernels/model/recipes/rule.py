@@ -52,6 +52,15 @@ class Fold:
     inputs: tuple[int, int] = (0, 1)
 
 
+# What an MLP's activation function feeds, as models call it; of single-stream blocks the product that it and the
+# attention feed.
+BEHIND_ACTIVATION = (
+    r"(.+\.)?(\w*mlp|ff|ffn|ff_context|feed_forward|fc)\."
+    r"(net\.2|linear_2|linear_out|out_projection|fc2|w2|down_proj|c_proj|wo)"
+    r"|single_transformer_blocks\.\d+\.(proj_out|attn\.to_out)"
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The rules for one architecture, in order: the first that matches decides.
@@ -60,14 +69,21 @@ class Recipe:
         architecture: the name of the model's class.
         rules: a layer that none of them matches stays in 16 bits.
         folds: what :func:`ditq_kernels.model.smoothing.smooth` can smooth.
+        behind_activation: a regular expression for the layers that GELU, SiLU or another activation function feeds,
+            alone or beside other inputs.
     """
 
     architecture: str
     rules: tuple[Rule, ...]
     folds: tuple[Fold, ...] = ()
+    behind_activation: str = BEHIND_ACTIVATION
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
+
+    def is_behind_activation(self, name: str) -> bool:
+        """Whether the layer called ``name`` is fed by an activation function."""
+        return re.fullmatch(self.behind_activation, name) is not None
 
     def rule_for(self, name: str) -> Rule:
         """The rule that decides about the layer called ``name``."""
