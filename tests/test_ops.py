@@ -175,6 +175,66 @@ def test_parts_that_do_not_fit_are_named():
             torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, None, "w4_g32", x.dtype)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
+def test_what_an_op_is_given_is_checked_before_it_is_read(implementation, device):
+    reason = backend.why_unavailable(implementation, device.type)
+    if reason:
+        pytest.skip(reason)
+    weight, bias = parts("w8", device)
+    x = activations(3, 150, torch.float32, device)
+    codes, scales = torch.ops.ditq.quantize_activation(x, None)
+    group_code = torch.zeros(1, 24, dtype=torch.uint8, device=device)
+    calls = (
+        (
+            lambda op: op.linear_a8(codes, scales, *weight[:2], group_code, bias, "w8", x.dtype),
+            "w8 weights have no group",
+        ),
+        (lambda op: op.linear_a16(x, *weight[:2], group_code, bias, "w8"), "w8 weights have no group"),
+        (lambda op: op.quantize_activation(x.unsqueeze(0), None), r"must be \[M, K\], got \[1, 3, 150\]"),
+        (lambda op: op.linear_a8(codes[0], scales, *weight, bias, "w8", x.dtype), r"must be \[M, K\], got \[150\]"),
+        (lambda op: op.linear_a16(x[0], *weight, bias, "w8"), r"must be \[M, K\]"),
+        (lambda op: op.linear_a8(codes, scales, *weight, bias.to("meta"), "w8", x.dtype), "bias is on meta"),
+        (lambda op: op.linear_a8(codes, scales.to("meta"), *weight, bias, "w8", x.dtype), "sx is on meta"),
+        (lambda op: op.quantize_activation(x, torch.ones(1, device="meta")), "amax is on meta"),
+    )
+    with ditq.use_backend(implementation):
+        for call, said in calls:
+            with pytest.raises(ValueError, match=said):
+                call(torch.ops.ditq)
+        reach = torch.tensor([[1.7]], dtype=torch.bfloat16, device=device)
+        for one, other in zip(
+            torch.ops.ditq.quantize_activation(x, reach),
+            torch.ops.ditq.quantize_activation(x, reach.float().reshape(1)),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_autocast_ends_at_an_op(implementation):
+    if backend.why_unavailable(implementation, "cpu"):
+        pytest.skip(backend.why_unavailable(implementation, "cpu"))
+    weight, bias = parts("w8", CPU)
+    x = activations(3, 150, torch.float32, CPU)
+
+    def results():
+        codes, scales = torch.ops.ditq.quantize_activation(x, None)
+        yield torch.ops.ditq.linear_a8(codes, scales, *weight, bias, "w8", torch.float32)
+        yield torch.ops.ditq.linear_a16(x, *weight, bias, "w8")
+        yield torch.ops.ditq.grad_input(torch.ones(3, 24), *weight, "w8", 150)
+
+    with ditq.use_backend(implementation):
+        expected = list(results())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = list(results())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_layers_on_meta_say_shapes():
+    layer = QuantLinear.from_linear(linear(24, 64, CPU), "w4a8_g32").to("meta")
+    assert layer(torch.zeros(2, 5, 64, device="meta")).shape == (2, 5, 24)
+
+
 def spread(tensor):
     """The same values with others between them."""
     return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]

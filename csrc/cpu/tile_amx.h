@@ -4,10 +4,6 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef DITQ_EMULATED
-#include <immintrin.h>
-#endif
-
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
@@ -68,9 +64,9 @@ void dot() {
     }
 }
 #else
-// The intrinsics take the register's number as part of the instruction's text.
-inline void configure(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
-inline void release() { _tile_release(); }
+// The registers' numbers are part of the instructions' text, which intrinsics would want as literals.
+inline void configure(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes)); }
+inline void release() { __asm__ volatile("tilerelease"); }
 template <int T>
 void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
 template <int T>

@@ -119,7 +119,7 @@ def quantize_activation(
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device="cpu")
-    amax = amax if amax is None else amax.detach().to(torch.float32)
+    amax = amax if amax is None else amax.detach()
     torch.ops.ditq_cpu.quantize_activation(x, amax, codes, scale, _product_number(level))
     return codes, scale
 
@@ -140,7 +140,7 @@ def linear_a8(
         sx,
         weight.qweight,
         weight.scale,
-        weight.group_code,
+        weight.group_code if fmt.two_level else None,
         bias if bias is None else bias.detach().to(torch.float32),
         fmt.group or weight.in_features,
         fmt.promoted,

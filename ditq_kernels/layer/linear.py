@@ -174,8 +174,9 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"the input must be floating-point, got {x.dtype}")
         if x.device != self.qweight.device:
             raise ValueError(f"the layer is on {self.qweight.device} but the input is on {x.device}; move one of them")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         return ops.quantized_linear(
             x,
             self.qweight,

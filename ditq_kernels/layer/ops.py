@@ -8,6 +8,8 @@ that graphs captured by
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -60,8 +62,8 @@ def _checked_weight(
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
     fmt = WEIGHT_FORMATS[weight_format]
-    if fmt.two_level and group_code is None:
-        raise ValueError(f"{weight_format} weights need group_code")
+    if fmt.two_level != (group_code is not None):
+        raise ValueError(f"{weight_format} weights {'need' if fmt.two_level else 'have no'} group_code")
     parts = (qweight, scale, group_code)
     for tensor, (name, dtype, shape) in zip(parts, _expected_parts(fmt, qweight.shape[0], in_features), strict=False):
         if tensor.dtype != dtype or tensor.shape != shape:
@@ -83,26 +85,44 @@ def _side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _check_matrix(x: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"the input must be [M, K], got {list(x.shape)}")
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move one of them")
+
+
 def _check_bias(bias: torch.Tensor | None, qweight: torch.Tensor) -> None:
-    if bias is not None and bias.shape != qweight.shape[:1]:
+    if bias is None:
+        return
+    if bias.shape != qweight.shape[:1]:
         raise ValueError(f"bias must be [{qweight.shape[0]}], one value per output, got {list(bias.shape)}")
+    _check_device("bias", bias, qweight.device)
 
 
-def _check_amax(amax: torch.Tensor | None) -> None:
-    if amax is not None and amax.numel() != 1:
+def _one_number(amax: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """``amax`` as fp32 [1]; ValueError if it holds another number of numbers, or is elsewhere."""
+    if amax is None:
+        return None
+    if amax.numel() != 1:
         raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
+    _check_device("amax", amax, device)
+    return amax.reshape(1).to(torch.float32)
 
 
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_amax(amax)
-    return backend_of(x.device).quantize_activation(x, amax)
+    _check_matrix(x)
+    return backend_of(x.device).quantize_activation(x, _one_number(amax, x.device))
 
 
 def _gelu_quantize(x, amax, approximate):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
-    _check_amax(amax)
-    return backend_of(x.device).gelu_quantize(x, amax, approximate)
+    _check_matrix(x)
+    return backend_of(x.device).gelu_quantize(x, _one_number(amax, x.device), approximate)
 
 
 def _check_norm(x, weight, bias, shift, scale) -> None:
@@ -130,12 +150,13 @@ def _norm_modulate(x, weight, bias, shift, scale, eps):
 
 def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     _check_norm(x, weight, bias, shift, scale)
-    _check_amax(amax)
+    amax = _one_number(amax, x.device)
     norm = _side_by_side(weight), _side_by_side(bias)
     return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
+    _check_matrix(qx)
     weight = _checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
     if out_dtype == torch.int32 and weight.fmt.promoted:
         raise UnsupportedError(
@@ -145,18 +166,21 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     if qx.dtype != torch.int8 or sx.dtype != torch.float32 or sx.shape != qx.shape[:1]:
         found = f"{qx.dtype} {list(qx.shape)} and {sx.dtype} {list(sx.shape)}"
         raise ValueError(f"codes must be torch.int8 [M, K] and their scales torch.float32 [M], got {found}")
+    _check_device("sx", sx, qx.device)
     _check_bias(bias, qweight)
     sx, bias = _side_by_side(sx), _side_by_side(bias)
     return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
+    _check_matrix(x)
     weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
     _check_bias(bias, qweight)
     return backend_of(x.device).linear_a16(x, weight, _side_by_side(bias), silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
+    _check_matrix(grad)
     weight = _checked_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
     return backend_of(grad.device).grad_input(grad, weight)
 
@@ -174,20 +198,40 @@ def _gelu_quantize_fake(x, amax, approximate):
     return _quantize_activation_fake(x, amax)
 
 
+# An operand on meta, whatever the others are on, brings a call here.
 def _quantize_activation_fake(x, amax):
+    if amax is not None:
+        _check_device("amax", amax, x.device)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
+    _check_device("sx", sx, qx.device)
+    _check_bias(bias, qweight)
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
 def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format, silu=False):
+    _check_bias(bias, qweight)
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
 def _grad_input_fake(grad, qweight, scale, group_code, weight_format, in_features):
     return grad.new_empty((grad.shape[0], in_features))
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's arithmetic is stated; autocast, which would have products within it in 16 bits, ends at its door."""
+
+    @functools.wraps(implementation)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        kind = args[0].device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return implementation(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return computed
 
 
 for _name, _implementation, _fake in (
@@ -199,7 +243,7 @@ for _name, _implementation, _fake in (
     ("linear_a16", _linear_a16, _linear_a16_fake),
     ("grad_input", _grad_input, _grad_input_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _outside_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditq::{_name}", _fake, lib=_library)
 
 
