@@ -85,44 +85,45 @@ def _side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _check_matrix(x: torch.Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"the input must be [M, K], got {list(x.shape)}")
+# Functions are called on the way to an error alone, where they can be: a call costs a launch's tenth.
+def _no_matrix(x: torch.Tensor) -> ValueError:
+    return ValueError(f"the input must be [M, K], got {list(x.shape)}")
 
 
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move one of them")
+def _elsewhere(name: str, tensor: torch.Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device} but the input is on {device}; move one of them")
 
 
-def _check_bias(bias: torch.Tensor | None, qweight: torch.Tensor) -> None:
-    if bias is None:
-        return
+def _check_bias(bias: torch.Tensor, qweight: torch.Tensor) -> None:
     if bias.shape != qweight.shape[:1]:
         raise ValueError(f"bias must be [{qweight.shape[0]}], one value per output, got {list(bias.shape)}")
-    _check_device("bias", bias, qweight.device)
+    if bias.device != qweight.device:
+        raise _elsewhere("bias", bias, qweight.device)
 
 
-def _one_number(amax: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def _one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``amax`` as fp32 [1]; ValueError if it holds another number of numbers, or is elsewhere."""
-    if amax is None:
-        return None
     if amax.numel() != 1:
         raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
-    _check_device("amax", amax, device)
+    if amax.device != device:
+        raise _elsewhere("amax", amax, device)
     return amax.reshape(1).to(torch.float32)
 
 
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_matrix(x)
-    return backend_of(x.device).quantize_activation(x, _one_number(amax, x.device))
+    if x.dim() != 2:
+        raise _no_matrix(x)
+    amax = None if amax is None else _one_number(amax, x.device)
+    return backend_of(x.device).quantize_activation(x, amax)
 
 
 def _gelu_quantize(x, amax, approximate):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
-    _check_matrix(x)
-    return backend_of(x.device).gelu_quantize(x, _one_number(amax, x.device), approximate)
+    if x.dim() != 2:
+        raise _no_matrix(x)
+    amax = None if amax is None else _one_number(amax, x.device)
+    return backend_of(x.device).gelu_quantize(x, amax, approximate)
 
 
 def _check_norm(x, weight, bias, shift, scale) -> None:
@@ -150,13 +151,14 @@ def _norm_modulate(x, weight, bias, shift, scale, eps):
 
 def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     _check_norm(x, weight, bias, shift, scale)
-    amax = _one_number(amax, x.device)
+    amax = None if amax is None else _one_number(amax, x.device)
     norm = _side_by_side(weight), _side_by_side(bias)
     return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
-    _check_matrix(qx)
+    if qx.dim() != 2:
+        raise _no_matrix(qx)
     weight = _checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
     if out_dtype == torch.int32 and weight.fmt.promoted:
         raise UnsupportedError(
@@ -166,21 +168,26 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     if qx.dtype != torch.int8 or sx.dtype != torch.float32 or sx.shape != qx.shape[:1]:
         found = f"{qx.dtype} {list(qx.shape)} and {sx.dtype} {list(sx.shape)}"
         raise ValueError(f"codes must be torch.int8 [M, K] and their scales torch.float32 [M], got {found}")
-    _check_device("sx", sx, qx.device)
-    _check_bias(bias, qweight)
+    if sx.device != qx.device:
+        raise _elsewhere("sx", sx, qx.device)
+    if bias is not None:
+        _check_bias(bias, qweight)
     sx, bias = _side_by_side(sx), _side_by_side(bias)
     return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
-    _check_matrix(x)
+    if x.dim() != 2:
+        raise _no_matrix(x)
     weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
-    _check_bias(bias, qweight)
+    if bias is not None:
+        _check_bias(bias, qweight)
     return backend_of(x.device).linear_a16(x, weight, _side_by_side(bias), silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
-    _check_matrix(grad)
+    if grad.dim() != 2:
+        raise _no_matrix(grad)
     weight = _checked_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
     return backend_of(grad.device).grad_input(grad, weight)
 
@@ -201,18 +208,21 @@ def _gelu_quantize_fake(x, amax, approximate):
 # An operand on meta, whatever the others are on, brings a call here.
 def _quantize_activation_fake(x, amax):
     if amax is not None:
-        _check_device("amax", amax, x.device)
+        _one_number(amax, x.device)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
-    _check_device("sx", sx, qx.device)
-    _check_bias(bias, qweight)
+    if sx.device != qx.device:
+        raise _elsewhere("sx", sx, qx.device)
+    if bias is not None:
+        _check_bias(bias, qweight)
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
 def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format, silu=False):
-    _check_bias(bias, qweight)
+    if bias is not None:
+        _check_bias(bias, qweight)
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
@@ -225,10 +235,9 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(implementation)
     def computed(*args: Any, **kwargs: Any) -> Any:
-        kind = args[0].device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not torch._C._is_any_autocast_enabled():
             return implementation(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False):
             return implementation(*args, **kwargs)
 
     return computed
