@@ -19,7 +19,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer/packing", "layer/packed_weight"),
         ("layer/cpu_extension",),
         ("layer/quantizer", "layer/reference", "layer/extension"),
-        ("layer/cpu", "layer/replaced_weight", "layer/weight_view"),
+        ("layer/cpu", "layer/operands", "layer/replaced_weight", "layer/weight_view"),
         ("kernels",),
         ("layer/backend",),
         ("layer/ops",),

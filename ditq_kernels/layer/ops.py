@@ -15,9 +15,7 @@ import torch
 
 from .backend import backend_of
 from .errors import UnsupportedError
-from .formats import WEIGHT_FORMATS, WeightFormat
-from .packed_weight import PackedWeight
-from .packing import LAYOUTS
+from .operands import check_bias, check_norm, checked_weight, elsewhere, no_matrix, one_number, side_by_side
 
 GELU_FORMS = ("none", "tanh")  # as torch.nn.functional.gelu names them
 
@@ -35,85 +33,10 @@ _library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_forma
 _library.define(f"grad_input(Tensor grad, {_WEIGHT}, str weight_format, int in_features) -> Tensor")
 
 
-@functools.lru_cache(maxsize=4096)
-def _expected_parts(
-    fmt: WeightFormat, out_features: int, in_features: int
-) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
-    """(name, dtype, shape) of what is stored of an [N, K] weight, the group bytes last where there are any."""
-    layout = LAYOUTS[fmt.layout]
-    parts = (
-        ("qweight", layout.dtype, (out_features, layout.columns(in_features))),
-        ("scale", torch.float32, fmt.scale_shape(out_features, in_features)),
-    )
-    if fmt.two_level:
-        parts += (("group_code", torch.uint8, (fmt.group_count(in_features), out_features)),)
-    return parts
-
-
-def _checked_weight(
-    in_features: int,
-    device: torch.device,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    group_code: torch.Tensor | None,
-    weight_format: str,
-) -> PackedWeight:
-    """The stored weight, whose parts fit each other, the input's width and its device; ValueError otherwise."""
-    if weight_format not in WEIGHT_FORMATS:
-        raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
-    fmt = WEIGHT_FORMATS[weight_format]
-    if fmt.two_level != (group_code is not None):
-        raise ValueError(f"{weight_format} weights {'need' if fmt.two_level else 'have no'} group_code")
-    parts = (qweight, scale, group_code)
-    for tensor, (name, dtype, shape) in zip(parts, _expected_parts(fmt, qweight.shape[0], in_features), strict=False):
-        if tensor.dtype != dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(
-                f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
-        if not tensor.is_contiguous():  # a copy at every call would cost more than the product of few rows
-            raise ValueError(
-                f"{name} must be contiguous, got strides {list(tensor.stride())}; keep {name}.contiguous()"
-            )
-    return PackedWeight(*parts, fmt, in_features)
-
-
-def _side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A vector whose neighbours are neighbours in memory, as kernels read it: itself, or a copy."""
-    return None if tensor is None else tensor.contiguous()
-
-
-# Functions are called on the way to an error alone, where they can be: a call costs a launch's tenth.
-def _no_matrix(x: torch.Tensor) -> ValueError:
-    return ValueError(f"the input must be [M, K], got {list(x.shape)}")
-
-
-def _elsewhere(name: str, tensor: torch.Tensor, device: torch.device) -> ValueError:
-    return ValueError(f"{name} is on {tensor.device} but the input is on {device}; move one of them")
-
-
-def _check_bias(bias: torch.Tensor, qweight: torch.Tensor) -> None:
-    if bias.shape != qweight.shape[:1]:
-        raise ValueError(f"bias must be [{qweight.shape[0]}], one value per output, got {list(bias.shape)}")
-    if bias.device != qweight.device:
-        raise _elsewhere("bias", bias, qweight.device)
-
-
-def _one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``amax`` as fp32 [1]; ValueError if it holds another number of numbers, or is elsewhere."""
-    if amax.numel() != 1:
-        raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
-    if amax.device != device:
-        raise _elsewhere("amax", amax, device)
-    return amax.reshape(1).to(torch.float32)
-
-
 def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if x.dim() != 2:
-        raise _no_matrix(x)
-    amax = None if amax is None else _one_number(amax, x.device)
+        raise no_matrix(x)
+    amax = None if amax is None else one_number(amax, x.device)
     return backend_of(x.device).quantize_activation(x, amax)
 
 
@@ -121,45 +44,28 @@ def _gelu_quantize(x, amax, approximate):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
     if x.dim() != 2:
-        raise _no_matrix(x)
-    amax = None if amax is None else _one_number(amax, x.device)
+        raise no_matrix(x)
+    amax = None if amax is None else one_number(amax, x.device)
     return backend_of(x.device).gelu_quantize(x, amax, approximate)
 
 
-def _check_norm(x, weight, bias, shift, scale) -> None:
-    """ValueError unless the parts of a modulated norm fit ``x`` [B, T, K]."""
-    if x.dim() != 3:
-        raise ValueError(f"x must be [batch, tokens, channels], got {list(x.shape)}")
-    batch, _, columns = x.shape
-    for name, tensor, shape in (
-        ("weight", weight, (columns,)),
-        ("bias", bias, (columns,)),
-        ("shift", shift, (batch, columns)),
-        ("scale", scale, (batch, columns)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but the input is on {x.device}")
-
-
 def _norm_modulate(x, weight, bias, shift, scale, eps):
-    _check_norm(x, weight, bias, shift, scale)
-    norm = _side_by_side(weight), _side_by_side(bias)
+    check_norm(x, weight, bias, shift, scale)
+    norm = side_by_side(weight), side_by_side(bias)
     return backend_of(x.device).norm_modulate(x, *norm, shift, scale, eps)
 
 
 def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
-    _check_norm(x, weight, bias, shift, scale)
-    amax = None if amax is None else _one_number(amax, x.device)
-    norm = _side_by_side(weight), _side_by_side(bias)
+    check_norm(x, weight, bias, shift, scale)
+    amax = None if amax is None else one_number(amax, x.device)
+    norm = side_by_side(weight), side_by_side(bias)
     return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
     if qx.dim() != 2:
-        raise _no_matrix(qx)
-    weight = _checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
+        raise no_matrix(qx)
+    weight = checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
     if out_dtype == torch.int32 and weight.fmt.promoted:
         raise UnsupportedError(
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "
@@ -169,26 +75,26 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
         found = f"{qx.dtype} {list(qx.shape)} and {sx.dtype} {list(sx.shape)}"
         raise ValueError(f"codes must be torch.int8 [M, K] and their scales torch.float32 [M], got {found}")
     if sx.device != qx.device:
-        raise _elsewhere("sx", sx, qx.device)
+        raise elsewhere("sx", sx, qx.device)
     if bias is not None:
-        _check_bias(bias, qweight)
-    sx, bias = _side_by_side(sx), _side_by_side(bias)
+        check_bias(bias, qweight)
+    sx, bias = side_by_side(sx), side_by_side(bias)
     return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
     if x.dim() != 2:
-        raise _no_matrix(x)
-    weight = _checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
+        raise no_matrix(x)
+    weight = checked_weight(x.shape[1], x.device, qweight, scale, group_code, weight_format)
     if bias is not None:
-        _check_bias(bias, qweight)
-    return backend_of(x.device).linear_a16(x, weight, _side_by_side(bias), silu)
+        check_bias(bias, qweight)
+    return backend_of(x.device).linear_a16(x, weight, side_by_side(bias), silu)
 
 
 def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
     if grad.dim() != 2:
-        raise _no_matrix(grad)
-    weight = _checked_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
+        raise no_matrix(grad)
+    weight = checked_weight(in_features, grad.device, qweight, scale, group_code, weight_format)
     return backend_of(grad.device).grad_input(grad, weight)
 
 
@@ -208,21 +114,21 @@ def _gelu_quantize_fake(x, amax, approximate):
 # An operand on meta, whatever the others are on, brings a call here.
 def _quantize_activation_fake(x, amax):
     if amax is not None:
-        _one_number(amax, x.device)
+        one_number(amax, x.device)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
     if sx.device != qx.device:
-        raise _elsewhere("sx", sx, qx.device)
+        raise elsewhere("sx", sx, qx.device)
     if bias is not None:
-        _check_bias(bias, qweight)
+        check_bias(bias, qweight)
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
 def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format, silu=False):
     if bias is not None:
-        _check_bias(bias, qweight)
+        check_bias(bias, qweight)
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 

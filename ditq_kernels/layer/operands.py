@@ -1,0 +1,106 @@
+"""What an op is given, checked: a ValueError names what does not fit.
+
+Nothing is read before it is known to be there. Functions are called on the way to an error alone, where they can be: a
+call costs a tenth of a launch.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .formats import WEIGHT_FORMATS, WeightFormat
+from .packed_weight import PackedWeight
+from .packing import LAYOUTS
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected_parts(
+    fmt: WeightFormat, out_features: int, in_features: int
+) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+    """(name, dtype, shape) of what is stored of an [N, K] weight, the group bytes last where there are any."""
+    layout = LAYOUTS[fmt.layout]
+    parts = (
+        ("qweight", layout.dtype, (out_features, layout.columns(in_features))),
+        ("scale", torch.float32, fmt.scale_shape(out_features, in_features)),
+    )
+    if fmt.two_level:
+        parts += (("group_code", torch.uint8, (fmt.group_count(in_features), out_features)),)
+    return parts
+
+
+def checked_weight(
+    in_features: int,
+    device: torch.device,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    group_code: torch.Tensor | None,
+    weight_format: str,
+) -> PackedWeight:
+    """The stored weight, whose parts fit each other, the input's width and its device; ValueError otherwise."""
+    if weight_format not in WEIGHT_FORMATS:
+        raise ValueError(f"unknown weight format {weight_format!r}; allowed: {', '.join(WEIGHT_FORMATS)}")
+    fmt = WEIGHT_FORMATS[weight_format]
+    if fmt.two_level != (group_code is not None):
+        raise ValueError(f"{weight_format} weights {'need' if fmt.two_level else 'have no'} group_code")
+    parts = (qweight, scale, group_code)
+    for tensor, (name, dtype, shape) in zip(parts, _expected_parts(fmt, qweight.shape[0], in_features), strict=False):
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(
+                f"{name} of a {weight_format} weight with K = {in_features} must be {dtype} {list(shape)}, got {found}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but the input is on {device}; move the layer or the input")
+        if not tensor.is_contiguous():  # a copy at every call would cost more than the product of few rows
+            raise ValueError(
+                f"{name} must be contiguous, got strides {list(tensor.stride())}; keep {name}.contiguous()"
+            )
+    return PackedWeight(*parts, fmt, in_features)
+
+
+def side_by_side(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector whose neighbours are neighbours in memory, as kernels read it: itself, or a copy."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def no_matrix(x: torch.Tensor) -> ValueError:
+    return ValueError(f"the input must be [M, K], got {list(x.shape)}")
+
+
+def elsewhere(name: str, tensor: torch.Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device} but the input is on {device}; move one of them")
+
+
+def check_bias(bias: torch.Tensor, qweight: torch.Tensor) -> None:
+    if bias.shape != qweight.shape[:1]:
+        raise ValueError(f"bias must be [{qweight.shape[0]}], one value per output, got {list(bias.shape)}")
+    if bias.device != qweight.device:
+        raise elsewhere("bias", bias, qweight.device)
+
+
+def one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``amax`` as fp32 [1]; ValueError if it holds another number of numbers, or is elsewhere."""
+    if amax.numel() != 1:
+        raise ValueError(f"amax must hold one number, the calibrated reach of the whole input, got {list(amax.shape)}")
+    if amax.device != device:
+        raise elsewhere("amax", amax, device)
+    return amax.reshape(1).to(torch.float32)
+
+
+def check_norm(x, weight, bias, shift, scale) -> None:
+    """ValueError unless the parts of a modulated norm fit ``x`` [B, T, K]."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [batch, tokens, channels], got {list(x.shape)}")
+    batch, _, columns = x.shape
+    for name, tensor, shape in (
+        ("weight", weight, (columns,)),
+        ("bias", bias, (columns,)),
+        ("shift", shift, (batch, columns)),
+        ("scale", scale, (batch, columns)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but the input is on {x.device}")
