@@ -15,6 +15,7 @@ from ditq_kernels.benchmark.turns import take_turns
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Subject("small", heads=2, channels=32, side=4, batch=2)
 PLAIN = tuple(Contender(name, "torch", lambda model: model) for name in BASELINES)
+MEASURE = cpu_blocks.measure
 OURS = Contender("ditq_kernels w8a8", None, partial(cpu_blocks._ours, scheme="w8a8"))
 
 
@@ -81,6 +82,15 @@ def test_turns_go_round_and_who_fails_has_no_more():
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "a", "c"]
     assert failed == {"b": "ValueError: enough"} and found == {"a": [6.0, 8.0, 9.0], "c": [5.0, 7.0, 10.0]}
     assert take_turns({}, 2) == ({}, {})
+
+
+def test_a_failure_of_ours_is_an_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_blocks, "SUBJECTS", (SMALL,))
+    for package, code in (("torch", 0), (None, 1)):
+        contenders = (*PLAIN, Contender("one", package, broken))
+        monkeypatch.setattr(cpu_blocks, "CONTENDERS", contenders)
+        monkeypatch.setattr(cpu_blocks, "measure", partial(MEASURE, [SMALL], contenders))
+        assert cli.main(["bench", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == code
 
 
 def test_on_the_command_line(tmp_path, capsys, monkeypatch):

@@ -301,9 +301,8 @@ def test_the_classifier_is_as_accurate_as_its_record_says():
         pytest.skip(f"the data set is not in {fashion_mnist.DEFAULT_DIRECTORY}")
     stated = json.loads((classifier.DIRECTORY / "training.json").read_text())["test_accuracy"]
     assert stated >= 0.92
-    some = [part[:2000] for part in fashion_mnist.load("test")]
-    measured = classifier.accuracy(classifier.load_classifier(), *some)
-    assert abs(measured - stated) <= 0.015  # two and a half standard deviations of a fifth of the test set
+    measured = classifier.accuracy(classifier.load_classifier(), *fashion_mnist.load("test"))
+    assert abs(measured - stated) <= 0.001  # ten pictures of ten thousand: other machines round differently
 
 
 def test_a_missing_or_foreign_data_set_says_so(tmp_path):

@@ -250,12 +250,7 @@ def graphs_of(pipe, entry):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-# Tracing takes longest of all that is tested here: of the architectures whose blocks take two graphs, three stand for
-# all.
-TRACED = [e for e in PIPELINES if GRAPHS[e.name] != 2 or e.name in ("dit", "stable_diffusion_3", "cogvideox")]
-
-
-@pytest.mark.parametrize("entry", TRACED, ids=lambda entry: entry.name)
+@entries
 def test_its_blocks_compile_whole_and_once(entry):
     pipe = quantized(entry, components="transformer")
     graphs = graphs_of(pipe, entry)

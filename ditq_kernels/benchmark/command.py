@@ -101,7 +101,7 @@ def bench_quantizing(out: Path) -> int:
 
 def bench_cpu(out: Path, quick: bool) -> int:
     """Measure how long blocks of models take on this CPU, print the table, and write JSON and a picture below ``out``;
-    the exit code. ``quick``: not compiled, in few rounds.
+    the exit code, 1 where one of our own fails. ``quick``: not compiled, in few rounds.
     """
     from . import cpu_blocks
 
@@ -120,7 +120,7 @@ def bench_cpu(out: Path, quick: bool) -> int:
         print(f"{path}  {draw_timings(timings, out)}")
     except ImportError as error:
         print(f"{path}  (no picture: {error})")
-    return 0
+    return 1 if any(cpu_blocks.is_ours_and_failed(timing) for timing in timings) else 0
 
 
 def _machine(about: dict[str, Any]) -> str:

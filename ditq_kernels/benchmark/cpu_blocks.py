@@ -217,6 +217,11 @@ def measure(
             yield from _timings(subject, installed, compiles, rounds)
 
 
+def is_ours_and_failed(timing: Timing) -> bool:
+    """Whether it is one of this library's, and has a reason in the place of a time."""
+    return timing.reason is not None and timing.name in {one.name for one in CONTENDERS if one.package is None}
+
+
 def speedup(timings: Sequence[Timing], timing: Timing, baseline: str) -> float | None:
     """How many times faster than ``baseline`` it is, which ran beside it."""
     for one in timings:

@@ -25,8 +25,8 @@ A16_INPUTS = ((BF16, True), (FP16, False), (FP32, True))
 # The tile of a dense product does not know the format that its operand was expanded from: every format meets the first
 # tile, and one of each kind all of them.
 EXPANDED_WITH_EVERY_TILE = ("w8_g32", "w4_g128")
-# Of the quick cases sm_90 has every format; elsewhere two stand for all: of both widths, without groups and with them.
-QUICK_ARCHITECTURE, QUICK_FORMATS = 90, ("w8", "w4_g128")
+# Of the quick cases sm_90 has every format; elsewhere four stand for all: of both widths, without groups and with them.
+QUICK_ARCHITECTURE, QUICK_FORMATS = 90, ("w8", "w4", *EXPANDED_WITH_EVERY_TILE)
 
 
 def may_be_quick(fmt: WeightFormat, arch: int) -> bool:
