@@ -56,9 +56,7 @@ def executing(arch: int) -> Iterator[object]:
     """A session whose driver is installed."""
     from ditq_kernels.inspect.executor import driver
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    execution.prepare_process()
     session = driver.Session(arch, shared_memory(arch))
     with tempfile.TemporaryDirectory() as cache:
         driver.install(session, cache)

@@ -24,9 +24,9 @@ HAS_GPU = torch.cuda.is_available() or COUNTED
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
-        import interpreted_once
+        import leaner_interpreter
 
-        interpreted_once.install()
+        leaner_interpreter.install()
 
 
 TESTS = Path(__file__).resolve().parent
@@ -130,9 +130,9 @@ def seeded():
 @pytest.fixture
 def poisoned_memory():
     """Fresh tensors hold NaN, or the largest integer, so that an element that a kernel forgets is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before[0])
+    torch.set_deterministic_debug_mode(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]

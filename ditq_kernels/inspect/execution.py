@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import gc
 import multiprocessing
 import os
 import queue
@@ -37,6 +38,7 @@ OUTPUTS = {"y", "codes", "scales", "y_scales", "expanded", "grad_x"}  # argument
 # Triton puts a proxy fence between cp.async and wgmma since this version; see Session.copies_need_fence.
 COPIES_FENCED_SINCE = (3, 7)
 WOBBLE = 2  # units of the last place that approximate divisions, exponentials and roots may be off
+OBJECTS_BETWEEN_COLLECTIONS = 50_000
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether the processes are done
 OK = "ok"
 VERDICTS = (OK, "MISMATCH", "FAULT", "REFUSED", "UNSUPPORTED", "ERROR")
@@ -155,13 +157,21 @@ class Request:
     parts: int
 
 
+def prepare_process() -> None:
+    """Settings of a process that executes and does nothing else."""
+    torch.set_num_threads(1)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the whole compiler
+    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN or the largest
+    # A program is tens of thousands of objects, and none of it garbage while it is made.
+    gc.freeze()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+
+
 def run(request: Request) -> Iterator[Outcome]:
     """The outcomes, case by case and for each architecture; compiles and executes in this process."""
     from .executor import driver
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN or the largest
+    prepare_process()
     sessions = {
         arch: driver.Session(arch, shared_memory(arch), WOBBLE, copies_need_fence=copies_need_fence())
         for arch in request.architectures

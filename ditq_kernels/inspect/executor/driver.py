@@ -92,7 +92,7 @@ class Session:
         self.launches, self.executed = [], collections.Counter()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def program_of(text: str) -> Program:
     """Of PTX."""
     return translate(parse(text))
