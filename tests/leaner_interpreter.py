@@ -11,8 +11,8 @@ _replaced: set[int] | None = None  # modules, while a kernel runs
 
 
 def _replace_once(function):
-    """Whenever a kernel calls a function of its own, it replaces the functions of its language. Once in a launch is enough
-    for each module that such functions come from.
+    """Whenever a kernel calls a function of its own, it replaces the functions of its language. Once in a launch is
+    enough, for each module that such functions come from.
     """
     module = id(function.__globals__)
     if _replaced is not None and module in _replaced:
