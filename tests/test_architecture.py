@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # stand at the top level ("") each by itself, because kernels/ stands among them.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("files", "memory", "progress", "revision"),
+        ("files", "memory", "progress", "revision", "shapes"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
         ("layer/packing", "layer/packed_weight"),
         ("layer/cpu_extension",),
@@ -67,12 +67,15 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "checkpoint": (("__init__", "adapters", "manifest"), ("store",)),
     "inspect": (
         ("__init__", "compilation", "executor", "packed_operands", "workers"),
-        ("shipped", "machine_code", "cases"),
+        ("shipped", "machine_code", "cases", "counted"),
         ("inspection", "execution"),
+        ("bounds",),
+        ("counting",),
         ("command",),
     ),
     "inspect/executor": (
         ("__init__", "syntax", "spelling", "faults"),
+        ("counters",),
         ("parser", "operands", "clocks", "global_memory", "tensor_core"),
         ("floats", "bits", "memory_access", "copies", "threads", "shared_memory", "mbarriers"),
         ("integers", "conversions", "matrices"),

@@ -17,7 +17,7 @@ from stopwatches import FakeStopwatch, SteppedStopwatch
 
 from ditq_kernels import cli
 from ditq_kernels.benchmark import checks, command, options, peers, pictures, report, timing
-from ditq_kernels.benchmark.cases import LAYERS, MODELS, TARGET_SHAPES, Case, model_cases, select, target_cases
+from ditq_kernels.benchmark.cases import TARGET_SHAPES, Case, model_cases, select, target_cases
 from ditq_kernels.benchmark.ceilings import Ceilings, best, copy_bandwidth
 from ditq_kernels.benchmark.contenders import (
     BASELINE,
@@ -46,6 +46,7 @@ from ditq_kernels.benchmark.run import (
 from ditq_kernels.benchmark.targets import TARGETS, judge
 from ditq_kernels.benchmark.timing import DeviceLost, Recording, Timing, interleave, record, summarise
 from ditq_kernels.layer.error_budget import product_oracle
+from ditq_kernels.shapes import LAYERS, MODELS
 
 CPU = torch.device("cpu")
 CASE = Case(40, 96, 256)

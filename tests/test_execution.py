@@ -114,8 +114,14 @@ def _names(name, start, pattern):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--match", "w8"], "--match and --out say what to execute: add --execute"),
+        (["--match", "w8"], "--match, --out and --counters say what to execute: add --execute"),
         (["--out", "record.json"], "add --execute"),
+        (["--counters"], "add --execute"),
+        (["--execute", "--counters", "--quick"], "--match chooses what --counters counts"),
+        (["--execute", "--counters", "--arch", "sm_86"], "sm_86 is not counted: another of its family stands for it"),
+        (["--execute", "--counters", "--arch", "sm_100"], "sm_100 is not counted: the executor does not know tcgen05"),
+        (["--execute", "--counters", "--match", "SDXL"], "no product and no layer holds 'SDXL' in its name"),
+        (["--execute", "--counters", "--out", "no/such/folder/record.json"], "there is no folder"),
         (["--execute", "--driver"], "choose one of them"),
         (["--execute", "--arch", "sm_103"], "sm_103 cannot be executed: another of its family stands for it"),
         (["--execute", "--arch", "sm_90", "sm_121"], "sm_121 cannot be executed: another of its family"),

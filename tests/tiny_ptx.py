@@ -48,12 +48,15 @@ def ptx(body: str, names=(), threads: int = 64) -> str:
     return header + "".join(TENSOR.format(name=name) for name in names) + body + "\nret;\n}\n"
 
 
-def run(body: str, threads: int = 64, shared: int = 4096, unit=None, extra=None, **tensors: torch.Tensor) -> Machine:
+def run(
+    body: str, threads: int = 64, shared: int = 4096, unit=None, extra=None, counters=None, **tensors: torch.Tensor
+) -> Machine:
     """The machine after one block has executed ``body``; tensors are changed in place.
 
     Args:
         unit: how sums of matrix instructions are cut.
         extra: parameters that are no tensors.
+        counters: what counts meanwhile.
     """
     extra = extra or {}
     text = ptx(body, tensors, threads)
@@ -63,6 +66,7 @@ def run(body: str, threads: int = 64, shared: int = 4096, unit=None, extra=None,
     regions = [Region(name, tensor) for name, tensor in tensors.items()]
     parameters = {f"{region.name}_given": np.array([region.first], np.uint64) for region in regions}
     memory = GlobalMemory(regions)
-    machine = Machine(translate(parse(text)), parameters | extra, (1, 1, 1), threads, shared, memory, matrix_unit=unit)
+    program, settings = translate(parse(text)), dict(matrix_unit=unit, counters=counters)
+    machine = Machine(program, parameters | extra, (1, 1, 1), threads, shared, memory, **settings)
     machine.launch()
     return machine

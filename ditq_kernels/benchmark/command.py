@@ -47,7 +47,7 @@ def bench(settings: BenchSettings, device: torch.device, stopwatch: Stopwatch | 
     contenders = contenders_for(settings.schemes)
     cases = select(settings.models, settings.rows, settings.quick)
     if not cases:
-        raise ValueError("no case has this number of rows; the table is in ditq_kernels/benchmark/cases.py")
+        raise ValueError("no case has this number of rows; the table is in ditq_kernels/shapes.py")
     described, versions = gpu(device), provenance()
     path = settings.out / report.RESULTS_FILE
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .cases import LAYERS
+from ..shapes import LAYERS
 from .contenders import BASELINE
 from .elementwise import PLAIN
 

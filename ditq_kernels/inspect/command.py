@@ -14,9 +14,13 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.execute:
         if args.driver:
             raise ValueError("--driver loads kernels on a GPU and --execute computes without one; choose one of them")
+        if args.counters and args.quick:
+            raise ValueError("--quick chooses among the cases that are judged; --match chooses what --counters counts")
+        if args.counters:
+            return count_kernels(args.arch, match=args.match, out=args.out, as_json=args.json)
         return execute_kernels(args.arch, quick=args.quick, match=args.match, out=args.out, as_json=args.json)
-    if args.match or args.out:
-        raise ValueError("--match and --out say what to execute: add --execute")
+    if args.match or args.out or args.counters:
+        raise ValueError("--match, --out and --counters say what to execute: add --execute")
     return inspect_kernels(args.arch, driver=args.driver, quick=args.quick, as_json=args.json)
 
 
@@ -43,7 +47,6 @@ def execute_kernels(
     """
     import json
 
-    from ..files import written_whole
     from ..progress import track
     from . import execution
 
@@ -51,8 +54,7 @@ def execute_kernels(
     for arch in set(architectures) - set(execution.ARCHITECTURES):
         known = ", ".join(f"sm_{known}" for known in execution.ARCHITECTURES)
         raise ValueError(f"sm_{arch} cannot be executed: another of its family stands for it; --arch takes {known}")
-    if out is not None and not out.absolute().parent.is_dir():  # said now, and not when hours have passed
-        raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}")
+    _check_folder_of(out)
     count = execution.count(architectures, quick, match)
     if not count and match:
         raise ValueError(f"no case's name holds {match!r}; without --match all are executed")
@@ -64,12 +66,64 @@ def execute_kernels(
         if not as_json:
             print(execution.line(outcome), flush=True)
     record = execution.record(outcomes)
-    if out is not None:
-        with written_whole(out) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
+    _keep(record, out)
     lines = [*execution.summary(outcomes), *execution.left_out(architectures)]
     print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
     return 0 if all(outcome.verdict == execution.OK for outcome in outcomes) else 1
+
+
+def count_kernels(
+    asked: Sequence[int] | None = None, *, match: str = "", out: Path | None = None, as_json: bool = False
+) -> int:
+    """Count what the kernels of real layers ask of the memories on the architectures ``asked`` for (default: all that
+    are counted), and print a table; the exit code.
+
+    Args:
+        match: part of the names of the products, or of the layers that they are of.
+        out: a JSON file to write the counts to, with versions and commit.
+        as_json: print that in place of the table.
+
+    Raises:
+        ValueError: for an architecture that is not counted, if nothing matches, or if there is no folder for ``out``.
+    """
+    import json
+
+    from ..progress import track
+    from . import counted, counting
+
+    architectures = asked or counting.ARCHITECTURES
+    counting.check(architectures)
+    _check_folder_of(out)
+    subjects = counted.chosen(match)
+    if not subjects:
+        raise ValueError(f"no product and no layer holds {match!r} in its name; without --match all are counted")
+    counts = []
+    if not as_json:
+        print(counting.HEADER)
+    for found in track(counting.count(architectures, subjects), len(architectures) * len(subjects), "product"):
+        counts += found
+        if not as_json:
+            print("\n".join(counting.lines(found)), flush=True)
+    record = counting.record(counts)
+    _keep(record, out)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    return 0
+
+
+def _check_folder_of(out: Path | None) -> None:
+    if out is not None and not out.absolute().parent.is_dir():  # said now, and not when hours have passed
+        raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}")
+
+
+def _keep(record: dict, out: Path | None) -> None:
+    import json
+
+    from ..files import written_whole
+
+    if out is not None:
+        with written_whole(out) as beside:
+            beside.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def inspect_kernels(
@@ -131,7 +185,8 @@ def add_commands(command: AddCommand) -> None:
         _inspect,
         "compile every kernel for each GPU architecture, with no GPU, and check its machine code, or execute it",
         "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json\n"
-        '  ditq inspect --execute --quick\n  ditq inspect --execute --arch sm_90 --match "small w4_g128"',
+        '  ditq inspect --execute --quick\n  ditq inspect --execute --arch sm_90 --match "small w4_g128"\n'
+        '  ditq inspect --execute --counters --arch sm_90 --match "FLUX.1"',
         device=False,
     )
     inspect.add_argument(
@@ -149,6 +204,14 @@ def add_commands(command: AddCommand) -> None:
         action="store_true",
         help="compute with every kernel, from its compiled PTX on this CPU, and compare with the reference (an hour)",
     )
+    inspect.add_argument(
+        "--counters",
+        action="store_true",
+        help="with --execute: count what the kernels of DiT-XL/2's, PixArt's and FLUX's layers ask of the memories, in "
+        "place of judging what they compute",
+    )
     inspect.add_argument("--quick", action="store_true", help="a choice of the kernels, which takes minutes")
-    inspect.add_argument("--match", default="", metavar="TEXT", help="with --execute: cases whose name holds TEXT")
-    inspect.add_argument("--out", type=Path, metavar="FILE", help="with --execute: JSON of all outcomes")
+    inspect.add_argument(
+        "--match", default="", metavar="TEXT", help="with --execute: cases, or layers, whose name holds TEXT"
+    )
+    inspect.add_argument("--out", type=Path, metavar="FILE", help="with --execute: JSON of all outcomes, or counts")

@@ -52,8 +52,12 @@ def copy(instruction, kernel):
         values = np.zeros(len(lanes), UNSIGNED[width])
         real = wanted > 0
         if real.any():
-            values[real] = m.memory.load(m.spread(of(m))[lanes][real], width)
-        m.copies.start(lanes, m.shared.index(m.spread(into(m))[lanes], width, lanes), width, values)
+            at = m.spread(of(m))[lanes][real]
+            m.count_global("copy", at, width, lanes[real])
+            values[real] = m.memory.load(at, width)
+        at = m.spread(into(m))[lanes]
+        m.count_shared("copy", at, width, lanes)
+        m.copies.start(lanes, m.shared.index(at, width, lanes), width, values)
 
     return run
 
@@ -107,6 +111,9 @@ def _copy_box(m, lane, into, signal, handle, column, row):
     barrier = m.mbarriers.at(block, signal)
     m.shared.touch(np.full(1, signal), 8, np.full(1, lane), "signals")
     values = box.reshape(-1).view(UNSIGNED[16])
+    if m.counters:
+        m.counters.fetched[tensor.region.name] += box.nbytes
+        m.counters.engines += box.nbytes
     m.shared.copy_by_engine(addresses, values, lane, barrier.agent, barrier.next_step)
     # It may be done at once: nobody can tell, since what it wrote is known to those only who have waited for it.
     barrier.bytes_due -= box.nbytes

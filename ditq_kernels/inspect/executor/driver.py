@@ -22,6 +22,7 @@ from triton.runtime.driver import driver as active_driver
 
 from . import tensor_core
 from .copies import TensorMap
+from .counters import Counters
 from .faults import POISON, UNSIGNED, Fault, Unsupported
 from .global_memory import GlobalMemory, Region
 from .machine import Machine
@@ -46,6 +47,7 @@ class Launch:
         text: the PTX.
         unfenced_copies: matrix instructions' reads of what cp.async wrote, with no proxy fence between them.
         repeated: whether its results were taken from a launch of the same instructions on the same data.
+        counters: of its memories, where the session counts.
     """
 
     kernel: str
@@ -58,6 +60,7 @@ class Launch:
     text: str
     unfenced_copies: int = 0
     repeated: bool = False
+    counters: Counters | None = None
 
 
 @dataclass
@@ -75,6 +78,9 @@ class Session:
             (sm90_mma_multistage_gmma_ss_warpspecialized.hpp: cp.async, an mbarrier, wgmma); if False, neither need the
             kernels, and the reads without it are counted.
         memory: results of launches by their instructions and data, which need not be executed again; None keeps none.
+        counts: whether launches are counted (:class:`.counters.Counters`).
+        most_blocks: thread blocks of a launch that are executed, spread over its grid; None is all of them, and what
+            fewer leave of the results means nothing.
     """
 
     arch: int
@@ -85,6 +91,8 @@ class Session:
     change: Callable[[str], str] | None = None
     copies_need_fence: bool = True
     memory: dict | None = None
+    counts: bool = False
+    most_blocks: int | None = None
     launches: list[Launch] = field(default_factory=list)
     executed: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -150,9 +158,10 @@ def run(
         tensor_core.unit_of(session.arch) if session.truncates else None,
         session.lanes,
         session.copies_need_fence,
+        counters := Counters() if session.counts else None,
     )
     started = time.perf_counter()
-    machine.launch()
+    machine.launch(session.most_blocks)
     seconds = time.perf_counter() - started
     written = {region.name: region.unwritten() for region in regions if region.written is not None}
     launch = Launch(
@@ -165,6 +174,7 @@ def run(
         machine.disagreements,
         text,
         machine.unfenced_copies,
+        counters=counters,
     )
     session.launches.append(launch)
     session.executed.update(machine.executed)

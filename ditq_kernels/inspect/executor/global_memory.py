@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from .counters import SECTOR
 from .faults import UNSIGNED, Fault
 
 _FAR = 1 << 40  # bytes between the addresses of two regions
@@ -119,6 +121,13 @@ class GlobalMemory:
         if left.any():
             raise Fault(f"out of bounds: {width} bytes at {self._describe(int(addresses[left][0]))}")
         return places
+
+    def places_in_sectors(
+        self, addresses: np.ndarray, width: int
+    ) -> Iterator[tuple[str, slice | np.ndarray, np.ndarray]]:
+        """(tensor, which of ``addresses`` it holds, their offsets from the beginning of its first sector)."""
+        for which, region in self._places(addresses, width):
+            yield region.name, which, (addresses[which] - np.uint64(region.first // SECTOR * SECTOR)).astype(np.int64)
 
     def _describe(self, address):
         if not self.regions:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .async_state import CopyGroups, MatrixGroups
 from .clocks import Clocks
+from .counters import Counters, at_once
 from .faults import LOCAL_BASE, POISON, SHARED_BASE, UNSIGNED, WARP, Fault
 from .global_memory import GlobalMemory
 from .mbarriers import MOST_MBARRIERS, Barriers
@@ -38,6 +39,7 @@ class Machine:
         matrix_unit: how fp32 sums of matrix instructions are cut, of :func:`.tensor_core.unit_of`; None rounds them.
         lanes: threads that run at once, as long as a block has no more.
         copies_need_fence: see :class:`.driver.Session`.
+        counters: what counts; None counts nothing.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Machine:
         matrix_unit: tuple[int, int] | None = None,
         lanes: int = 4096,
         copies_need_fence: bool = True,
+        counters: Counters | None = None,
     ) -> None:
         self.program, self.parameters, self.grid, self.threads = program, parameters, grid, threads
         self.shared_bytes = program.kernel.static_shared + shared_bytes
@@ -59,14 +62,22 @@ class Machine:
         # Persistent blocks part from each other, and mbarriers are counted block by block.
         self.ctas_at_once = 1 if program.has_mbarriers else max(1, lanes // threads)
         self.executed: collections.Counter[str] = collections.Counter()
-        self.copies_need_fence = copies_need_fence
+        self.copies_need_fence, self.counters = copies_need_fence, counters
         self.disagreements = self.unfenced_copies = 0
         self.steps = 0
 
-    def launch(self) -> None:
-        """Runs all blocks. Raises Fault for what must not happen, Unsupported for what is not implemented."""
+    def launch(self, most_blocks: int | None = None) -> None:
+        """Runs all blocks, or so many of them, spread evenly over the grid. Raises Fault for what must not happen,
+        Unsupported for what is not implemented.
+        """
         x, y, z = self.grid
         all_ctas = np.arange(x * y * z)
+        if most_blocks is not None and most_blocks < len(all_ctas):
+            all_ctas = (np.arange(most_blocks) + 0.5) * len(all_ctas) // most_blocks
+            all_ctas = all_ctas.astype(np.int64)
+        if self.counters:
+            self.counters.blocks += len(all_ctas)
+            self.counters.tensors = {region.name: region.size for region in self.memory.regions}
         with np.errstate(all="ignore"):
             for first in range(0, len(all_ctas), self.ctas_at_once):
                 self._run(all_ctas[first : first + self.ctas_at_once])
@@ -142,6 +153,8 @@ class Machine:
             places = np.where(mask, there, places)
         self.copies.finish()
         self.matrices.finish()
+        if self.counters:
+            self.counters.end_blocks()
 
     def _next(self, places, end):
         """The lanes to run: those at the lowest program counter that wait for nothing; None if all have ended."""
@@ -204,6 +217,12 @@ class Machine:
         if self.program.has_matrices:
             self.matrices.leave_block(steps, mask)
         self.executed.update(steps.opcodes)
+        if self.counters:
+            warps = self.warps if mask is None else len(self.rows(mask))
+            for name, count in steps.issues.items():
+                self.counters.issued[name] += warps * count
+            for wait, count in steps.waits.items():
+                self.counters.waits[wait] += warps * count
         return after
 
     # What instructions ask for.
@@ -226,6 +245,19 @@ class Machine:
             by_warp = self.spread(mask).reshape(-1, WARP)
             if (by_warp.any(1) != by_warp.all(1)).any():
                 raise Fault("a warp's instruction is reached by some of its lanes only")
+
+    def count_global(self, kind: str, addresses: np.ndarray, width: int, lanes: np.ndarray) -> None:
+        """Accesses of ``width`` bytes at ``addresses`` of global memory by ``lanes``."""
+        if self.counters:
+            for tensor, which, offsets in self.memory.places_in_sectors(addresses, width):
+                rows = self.row_of_lane[lanes[which]]
+                self.counters.request(kind, tensor, rows, self.threads // WARP, offsets, width)
+
+    def count_shared(self, kind: str, addresses: np.ndarray, width: int, lanes: np.ndarray) -> None:
+        """Accesses of ``width`` bytes at ``addresses`` of shared memory by ``lanes``."""
+        if self.counters:
+            groups = at_once(self.row_of_lane[lanes], lanes, width)
+            self.counters.shared(kind, groups, addresses.astype(np.int64), width)
 
     def approximate(self, value: np.ndarray) -> np.ndarray:
         """fp32 values as an approximate instruction may return them."""

@@ -79,6 +79,8 @@ def matrix_multiply(instruction, kernel):
 
     def run(m, mask):
         m.whole_warps(mask)
+        if m.counters:
+            m.counters.macs[of] += 16 * 8 * (32 // item) * len(m.rows(mask))
         x, w = as_fp32(tile(m, a, of, tables[0]), of), as_fp32(tile(m, b, of, tables[1]), of)
         total = multiply_accumulate(tile(m, c, into, tables[2]), x, w, into, m.matrix_unit, saturate)
         for keep, value in zip(keeps, fragment(m, total, tables[2]), strict=True):
@@ -108,6 +110,13 @@ def _check_rows(rows):
         raise Fault("a matrix row that is not aligned to 16 bytes")
 
 
+def _count(m, kind, rows):
+    """The 8 rows of one matrix are accessed at once."""
+    if m.counters and rows.size:
+        groups = np.repeat(np.arange(rows.size // 8), 8)
+        m.counters.shared(kind, groups, rows.reshape(-1).astype(np.int64), 16)
+
+
 @opcode("ldmatrix")
 def load_matrix(instruction, kernel):
     keeps = [destination(o, kernel) for o in vector_of(instruction.operands[0])]
@@ -117,7 +126,8 @@ def load_matrix(instruction, kernel):
         m.whole_warps(mask)
         lanes = m.chosen(mask)
         at = m.spread(addresses(m))
-        _check_rows(matrix_rows(m, at, len(keeps))[lanes[::WARP] // WARP])
+        _check_rows(rows := matrix_rows(m, at, len(keeps))[lanes[::WARP] // WARP])
+        _count(m, "matrix load", rows)
         low = None
         for i, j, places in _matrix_places(m, at, len(keeps), transposed):
             found = m.shared.load(places[lanes], 2 if transposed else 4, lanes).astype(np.uint32)
@@ -141,7 +151,8 @@ def store_matrix(instruction, kernel):
         if not lanes.size:
             return
         at = m.spread(addresses(m))
-        _check_rows(matrix_rows(m, at, len(reads))[lanes[::WARP] // WARP])
+        _check_rows(rows := matrix_rows(m, at, len(reads))[lanes[::WARP] // WARP])
+        _count(m, "matrix store", rows)
         for i, j, places in _matrix_places(m, at, len(reads), transposed):
             values = m.spread(reads[i](m))[lanes]
             if transposed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import UNSIGNED
+from .faults import UNSIGNED, WARP
 from .operands import DTYPE, access, address_of, destination, opcode, source, vector_of
 from .syntax import WIDTH, Symbol
 
@@ -33,8 +33,10 @@ def _space(instruction):
 
 def _read(m, space, at, width, lanes):
     if space == "global":
+        m.count_global("load", at, width, lanes)
         return m.memory.load(at, width)
     if space == "shared":
+        m.count_shared("load", at, width, lanes)
         return m.shared.load(at, width, lanes)
     offsets = m.local_index(at, width)
     return np.ascontiguousarray(m.local[lanes[:, None], offsets[:, None] + np.arange(width)]).view(UNSIGNED[width])[
@@ -44,8 +46,10 @@ def _read(m, space, at, width, lanes):
 
 def _write(m, space, at, width, values, lanes):
     if space == "global":
+        m.count_global("store", at, width, lanes)
         m.memory.store(at, width, values)
     elif space == "shared":
+        m.count_shared("store", at, width, lanes)
         m.shared.store(at, width, values, lanes)
     else:
         offsets = m.local_index(at, width)
@@ -77,6 +81,9 @@ def load(instruction, kernel):
         at = addresses(m)
         if space == "global" and at.size == 1:  # all lanes alike
             if mask is None or mask.any():
+                if m.counters:
+                    first = m.rows(mask) * WARP
+                    m.count_global("load", np.repeat(at, len(first)), width, first)
                 unravel(m, m.memory.load(at, width), mask, None, count, kind, keeps)
             return
         lanes = m.chosen(mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ class Steps(list):
 
     Attributes:
         opcodes: how often each is executed.
+        issues: the same by the names that are counted (:func:`_counted_as`).
+        waits: of these, those for groups of copies or products: (of what, how many groups may be left in flight).
     gathers: whether a warp's lanes wait for each other in it.
         has_matrix_fence: whether there is a wgmma.fence.
         touched_last: registers that other instructions name behind the last wgmma.fence, or in all of the block.
@@ -25,6 +28,8 @@ class Steps(list):
     def __init__(self) -> None:
         super().__init__()
         self.opcodes: dict[str, int] = {}
+        self.issues: collections.Counter[str] = collections.Counter()
+        self.waits: collections.Counter[tuple[str, int]] = collections.Counter()
         self.gathers = False
         self.has_matrix_fence = False
         self.touched_last: frozenset[int] = frozenset()
@@ -45,6 +50,7 @@ class Program:
 
 
 _OF_WHOLE_WARPS = {"shfl", "redux", "elect", "mma", "ldmatrix", "stmatrix", "bar", "barrier"}
+_OF_SEVERAL_KINDS = {"ld", "st", "wgmma", "mbarrier"}
 _ELEMENT_BYTES = {"ldmatrix": 4, "mbarrier": 8}
 
 
@@ -59,6 +65,19 @@ def _grain(instruction) -> int:
     if kind in ("ldmatrix", "stmatrix"):
         return 2 if "trans" in parts else 4
     return _ELEMENT_BYTES.get(kind, 16)
+
+
+def _counted_as(instruction) -> str:
+    """What a profiler's reader would look for: the opcode, of some with the word behind it that says which."""
+    kind, *rest = instruction.parts
+    return f"{kind}.{rest[0].partition('::')[0]}" if kind in _OF_SEVERAL_KINDS else kind
+
+
+def _waits_for(instruction) -> tuple[str, int] | None:
+    kind, *rest = instruction.parts
+    if kind not in ("cp", "wgmma") or not any(part.startswith("wait") for part in rest):
+        return None
+    return kind, instruction.operands[0].bits if "wait_group" in rest else 0
 
 
 def _translate(instruction, kernel, end: int) -> Callable | None:
@@ -82,6 +101,9 @@ def translate(kernel: Kernel) -> Program:
         for instruction in block:
             kind = instruction.parts[0]
             steps.opcodes[kind] = steps.opcodes.get(kind, 0) + 1
+            steps.issues[_counted_as(instruction)] += 1
+            if wait := _waits_for(instruction):
+                steps.waits[wait] += 1
             grain = min(grain, _grain(instruction))
             steps.gathers |= kind in _OF_WHOLE_WARPS
             has_mbarriers |= kind == "mbarrier"

@@ -51,6 +51,8 @@ def _matrix_async(instruction, kernel):
 
     def run(m, mask):
         groups = m.matrices.issue(instruction, mask, written, read)
+        if m.counters:
+            m.counters.macs[of] += 64 * n * k * len(groups)
         if from_registers:
             x = tile(m, a, of, table_a).reshape(m.warps // WARPGROUP, 64, k)[groups]
         else:
@@ -93,6 +95,8 @@ def described(m, descriptor, groups, rows, k, kind, flipped):
     addresses = swizzled(start + at, mode)
     lanes = np.broadcast_to(groups[:, None, None] * WARPGROUP * WARP, addresses.shape)
     index = m.shared.index(addresses.reshape(-1), 16, lanes.reshape(-1)).reshape(len(groups), -1)
+    if m.counters:
+        m.counters.engines += len(groups) * rows * k * item
     chunks = m.shared.read_by_engine(index, groups, m.matrices.closed[groups] + 1).reshape(addresses.shape)
     elements = chunks.view(DTYPE[kind]).reshape(*addresses.shape, per)
     if flipped:

@@ -1,0 +1,72 @@
+"""How long a counted launch takes at least, by what GPUs are published to do. A bound is no prediction: a kernel that
+waits, or issues more than is counted, takes longer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .counted import Count
+from .machine_code import MACS_PER_CLOCK
+
+SHARED_BYTES = 128  # that a multiprocessor's shared memory reads or writes in a clock
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Attributes:
+    multiprocessors: it also decides which configuration is chosen, and the grids of persistent kernels.
+    clock_ghz: at which the vendor's peak rates are given.
+    memory_gbs: of the memory's interface.
+    l2_bytes: that all multiprocessors together read from L2 in a clock.
+    """
+
+    name: str
+    multiprocessors: int
+    clock_ghz: float
+    memory_gbs: float
+    l2_bytes: int
+
+
+# By architecture. Sources: NVIDIA's whitepapers of GA100 (5120 bytes a clock from L2), AD102, GH100 and GB202. Of the
+# later three no rate of L2 is published: 64 bytes a clock and multiprocessor, which one can take in, is more than it
+# gives.
+GPUS = {
+    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2039, 5120),
+    89: Gpu("GeForce RTX 4090", 128, 2.52, 1008, 64 * 128),
+    90: Gpu("H100 SXM", 132, 1.83, 3350, 64 * 132),
+    120: Gpu("GeForce RTX 5090", 170, 2.41, 1792, 64 * 170),
+}
+
+
+def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
+    """Microseconds that each resource takes at least: "matrix units" and "shared memory" on the multiprocessors that
+    have the most thread blocks, each an average one; "L2" and "memory" of what goes through them, the memory's being
+    each tensor once.
+
+    Args:
+        gpu: None takes the architecture's of :data:`GPUS`.
+    """
+    gpu = gpu or GPUS[count.arch]
+    clocks_a_us = gpu.clock_ghz * 1e3
+    blocks = math.prod(count.grid)
+    # The share of the grid's work that the fullest multiprocessor has.
+    share = math.ceil(blocks / gpu.multiprocessors) / blocks
+    rates = dict(zip(("s8", "f16", "bf16"), (*MACS_PER_CLOCK[count.arch], MACS_PER_CLOCK[count.arch][1]), strict=True))
+    matrix = sum(number / rates[kind] for kind, number in count.macs.items())
+    shared = sum(count.passes.values()) + count.engines / SHARED_BYTES
+    return {
+        "matrix units": share * matrix / clocks_a_us,
+        "shared memory": share * shared / clocks_a_us,
+        "L2": sum(count.fetched.values()) / gpu.l2_bytes / clocks_a_us,
+        "memory": sum(count.tensors.values()) / gpu.memory_gbs / 1e3,
+    }
+
+
+def plain_bound(rows: int, out_features: int, in_features: int, gpu: Gpu, arch: int) -> float:
+    """The same of a product of 16-bit matrices, such as cuBLAS computes, whose tiles come out even: microseconds."""
+    macs = rows * out_features * in_features
+    matrix = macs / MACS_PER_CLOCK[arch][1] / gpu.multiprocessors / gpu.clock_ghz / 1e3
+    moved = 2 * (rows * in_features + out_features * in_features + rows * out_features)
+    return max(matrix, moved / gpu.memory_gbs / 1e3)

@@ -1,0 +1,128 @@
+"""What is counted of real layers' kernels: which products and quantizations, and what a count of a launch holds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..shapes import LAYERS
+
+MODELS = ("DiT-XL/2 256px", "DiT-XL/2 512px", "PixArt-Sigma", "FLUX.1")
+TOKENS, SAMPLES = ("w8", "w4_g128"), ("w4_g128",)  # formats of layers whose rows are tokens, and samples
+MOST_SECTORS, MOST_PASSES = 1.1, 1.05  # of the least; what takes more is to be mended or explained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is counted: the product of one layer, or the quantization before it.
+
+    Attributes:
+        layers: that have this shape.
+        rows, out_features, in_features: M, N and K; no N where activations are quantized.
+        fmt: of the weight, "" where there is none.
+        activations: "int8" or "bf16", as they enter the product.
+    """
+
+    layers: tuple[str, ...]
+    rows: int
+    out_features: int
+    in_features: int
+    fmt: str
+    activations: str
+
+    @property
+    def name(self) -> str:
+        if not self.fmt:
+            return f"quantization {self.rows} x {self.in_features}"
+        return f"{self.fmt} x {self.activations} {self.rows} x {self.out_features} x {self.in_features}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one launch.
+
+    Attributes:
+        grid, warps: thread blocks, and warps of each.
+        blocks: how many were executed.
+        sectors, sectors_least: sectors of 32 bytes that requests for global memory touch, and the least they could, by
+            kind and tensor, of the whole grid.
+        fetched, tensors: bytes by tensor that cross between L2 and the multiprocessors
+            (:attr:`.executor.counters.Counters.fetched`), and that the tensor has: what tiles read again is the one
+            over the other.
+        passes, passes_least: of shared memory, by kind, of the whole grid.
+        engines: bytes of shared memory that wgmma and tensor copies read and write.
+        macs: multiply-accumulates of matrix instructions, by the operands' type.
+        issued: PTX instructions by name, of a warp of the blocks that were executed.
+        waits: by "what, groups left in flight", of a warp.
+    """
+
+    arch: int
+    subject: Subject
+    kernel: str
+    grid: tuple[int, int, int]
+    warps: int
+    blocks: int
+    sectors: dict[str, int]
+    sectors_least: dict[str, int]
+    fetched: dict[str, int]
+    tensors: dict[str, int]
+    passes: dict[str, int]
+    passes_least: dict[str, int]
+    engines: int
+    macs: dict[str, int]
+    issued: dict[str, float]
+    waits: dict[str, float]
+
+    @property
+    def sector_ratio(self) -> float:
+        """Sectors over the least number of them."""
+        return _ratio(self.sectors, self.sectors_least)
+
+    @property
+    def pass_ratio(self) -> float:
+        """Passes over the least number of them."""
+        return _ratio(self.passes, self.passes_least)
+
+    @property
+    def fetched_again(self) -> float:
+        """Bytes that cross between L2 and the multiprocessors, over those of the tensors."""
+        return sum(self.fetched.values()) / sum(self.tensors.values())
+
+    def over(self) -> list[str]:
+        """What takes more than :data:`MOST_SECTORS` or :data:`MOST_PASSES` of the least, each with its ratio and its
+        share of all sectors or passes.
+        """
+        parts = ((self.sectors, self.sectors_least, MOST_SECTORS), (self.passes, self.passes_least, MOST_PASSES))
+        return [
+            f"{name} {taken[name] / least:.2f} ({taken[name] / sum(taken.values()):.0%})"
+            for taken, all_least, most in parts
+            for name, least in all_least.items()
+            if taken[name] > most * least
+        ]
+
+
+def _ratio(taken, least):
+    return sum(taken.values()) / sum(least.values()) if least else 1.0
+
+
+@functools.cache
+def subjects() -> tuple[Subject, ...]:
+    """Products and quantizations of the layers of :data:`MODELS`, each shape once."""
+    of_shape: dict[tuple, list[str]] = {}
+    for layer in LAYERS:
+        if layer.model not in MODELS:
+            continue
+        entering, formats = ("bf16", SAMPLES) if layer.modulation else ("int8", TOKENS)
+        for rows in layer.rows:
+            name = f"{layer.model} {layer.role}"
+            for fmt in formats:
+                of_shape.setdefault((rows, layer.out_features, layer.in_features, fmt, entering), []).append(name)
+            if not layer.modulation:
+                names = of_shape.setdefault((rows, 0, layer.in_features, "", "bf16"), [])
+                names += [name] if name not in names else []
+    return tuple(Subject(tuple(names), *shape) for shape, names in of_shape.items())
+
+
+def chosen(match: str = "") -> list[Subject]:
+    """The subjects whose name or layers hold ``match``."""
+    return [one for one in subjects() if match in one.name or any(match in layer for layer in one.layers)]

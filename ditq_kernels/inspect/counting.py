@@ -1,0 +1,161 @@
+"""``ditq inspect --execute --counters``: what the kernels of real layers ask of the memories, counted by the executor
+(:mod:`.executor.counters`) on some thread blocks and scaled to the grid. Nothing in it is a time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+
+import torch
+
+from ..kernels import activation, dispatch
+from ..kernels.config import shared_memory
+from ..kernels.device import Device, standing_in
+from ..layer.formats import WEIGHT_FORMATS
+from ..revision import commit
+from .bounds import GPUS, bounds, plain_bound
+from .cases.inputs import generator, stored
+from .counted import Count, Subject
+from .execution import WITHOUT_TRITON, copies_need_fence, prepare_process
+from .workers import end_with_parent
+
+ARCHITECTURES = tuple(GPUS)
+BLOCKS = 4  # of a launch, that are executed, each from the middle of a quarter of the grid
+
+
+def compute(subject: Subject) -> None:
+    """What is counted, by the kernels that are chosen for it."""
+    rows, inputs = subject.rows, subject.in_features
+    x = torch.randn(rows, inputs, generator=generator(0)).to(torch.bfloat16)
+    if not subject.fmt:
+        activation.quantize_activation(x)
+        return
+    weight, bias = stored(WEIGHT_FORMATS[subject.fmt], subject.out_features, inputs)
+    if subject.activations == "bf16":
+        dispatch.linear_a16(x, weight, bias.to(x.dtype))
+        return
+    qx = torch.randint(-127, 128, (rows, inputs), generator=generator(0), dtype=torch.int8)
+    dispatch.linear_a8(qx, torch.ones(rows), weight, bias.to(x.dtype), x.dtype)
+
+
+def _count(arch: int, subject: Subject, launch) -> Count:
+    counters = launch.counters
+    scale = math.prod(launch.grid) / counters.blocks
+    warps = launch.threads // 32
+    requests = {f"{kind} {tensor}": one for (kind, tensor), one in counters.requests.items()}
+    of_a_warp = counters.blocks * warps
+    return Count(
+        arch,
+        subject,
+        launch.kernel,
+        launch.grid,
+        warps,
+        counters.blocks,
+        {name: round(scale * one.sectors) for name, one in requests.items()},
+        {name: round(scale * one.least) for name, one in requests.items()},
+        {name: round(scale * number) for name, number in counters.fetched.items()},
+        {name: counters.tensors[name] for name in counters.fetched},
+        {kind: round(scale * one.passes) for kind, one in counters.passes.items()},
+        {kind: round(scale * one.least) for kind, one in counters.passes.items()},
+        round(scale * counters.engines),
+        {kind: round(scale * number) for kind, number in counters.macs.items()},
+        {name: round(number / of_a_warp, 2) for name, number in sorted(counters.issued.items())},
+        {f"{what}, {left}": round(number / of_a_warp, 2) for (what, left), number in sorted(counters.waits.items())},
+    )
+
+
+def count_subject(arch: int, subject: Subject) -> list[Count]:
+    """Of each launch. The process compiles for the executor from now on."""
+    from .executor import driver
+
+    session = driver.Session(
+        arch, shared_memory(arch), copies_need_fence=copies_need_fence(), counts=True, most_blocks=BLOCKS
+    )
+    with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch, GPUS[arch].multiprocessors)):
+        driver.install(session, cache)
+        prepare_process()
+        compute(subject)
+    return [_count(arch, subject, launch) for launch in session.launches]
+
+
+def check(architectures: Sequence[int]) -> None:
+    """Raises ValueError for an architecture that is not counted."""
+    for arch in architectures:
+        if arch not in ARCHITECTURES:
+            why = WITHOUT_TRITON.get(arch, "another of its family stands for it")
+            raise ValueError(
+                f"sm_{arch} is not counted: {why}; --arch takes {', '.join(f'sm_{a}' for a in ARCHITECTURES)}"
+            )
+
+
+def count(
+    architectures: Sequence[int], subjects: Sequence[Subject], workers: int | None = None
+) -> Iterator[list[Count]]:
+    """Of each of ``subjects`` on each of ``architectures``, in this order, by ``workers`` processes (default: one a
+    core).
+    """
+    environment = os.environ.pop("TRITON_INTERPRET", None)
+    pairs = [(arch, subject) for arch in architectures for subject in subjects]
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, end_with_parent) as pool:
+            yield from pool.map(count_subject, *zip(*pairs, strict=True))
+    finally:
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+HEADER = (
+    f"{'':7} {'':38} {'kernel':26} {'grid':>11} {'sectors':>7} {'banks':>6} {'L2':>9} {'again':>6}  "
+    f"{'bound':>22} {'of bf16':>7}  {'waits for all':16} over the limit"
+)
+
+
+def lines(counts: Sequence[Count]) -> list[str]:
+    """For people, of the launches of one subject. Behind the last stands how the bounds of all compare with the bound
+    of a 16-bit product of the same shape.
+    """
+    *before, last = counts
+    subject = last.subject
+    if not subject.fmt:
+        return [_line(one, "") for one in counts]
+    plain = plain_bound(subject.rows, subject.out_features, subject.in_features, GPUS[last.arch], last.arch)
+    ratio = sum(max(bounds(one).values()) for one in counts) / plain
+    return [*(_line(one, "") for one in before), _line(last, f"{ratio:.2f}")]
+
+
+def _line(found, ratio):
+    grid = "x".join(str(side) for side in found.grid if side > 1) or "1"
+    idle = ", ".join(f"{count:g} {what.split(',')[0]}" for what, count in found.waits.items() if what.endswith(", 0"))
+    term, bound = max(bounds(found).items(), key=lambda one: one[1])
+    return (
+        f"sm_{found.arch:<4} {found.subject.name:38} {found.kernel.removesuffix('_kernel'):26} {grid:>11} "
+        f"{found.sector_ratio:>7.2f} {found.pass_ratio:>6.2f} "
+        f"{sum(found.fetched.values()) / 1e6:>6.1f} MB {found.fetched_again:>5.1f}x  "
+        f"{bound:>6.1f} µs {term:13} {ratio:>7}  {idle or '-':16} "
+        f"{'; '.join(found.over())}".rstrip()
+    )
+
+
+def record(counts: Sequence[Count]) -> dict:
+    """All that was found, for a JSON file, with versions, commit and date."""
+    import triton
+
+    return {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "gpus": {f"sm_{arch}": asdict(gpu) for arch, gpu in GPUS.items()},
+        "counts": [
+            asdict(one) | {"subject": asdict(one.subject) | {"name": one.subject.name}, "bounds_us": bounds(one)}
+            for one in counts
+        ],
+    }

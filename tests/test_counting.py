@@ -1,0 +1,146 @@
+"""What is counted of real layers' kernels: which layers, scaled how, and that what is planted in a kernel shows."""
+
+import contextlib
+import json
+import re
+import sys
+
+import pytest
+from changed_kernels import INPUTS, executing, in_a_compiling_process, product, smallest, torch
+
+from ditq_kernels import cli
+from ditq_kernels.inspect import counted, counting
+from ditq_kernels.inspect.bounds import GPUS, Gpu, bounds, plain_bound
+from ditq_kernels.inspect.cases.case import Mismatch
+from ditq_kernels.inspect.counted import Count, Subject
+from ditq_kernels.inspect.executor.counters import Counters, Passes, Requests
+from ditq_kernels.inspect.executor.driver import Launch
+from ditq_kernels.inspect.machine_code import MACS_PER_CLOCK
+from ditq_kernels.shapes import LAYERS
+
+
+def test_every_layer_of_the_models_is_counted():
+    subjects = counted.subjects()
+    assert len({one.name for one in subjects}) == len(subjects)
+    for layer in LAYERS:
+        if layer.model in counted.MODELS:
+            for rows in layer.rows:
+                name = f"{rows} x {layer.out_features} x {layer.in_features}"
+                of_layer = [one for one in subjects if f"{layer.model} {layer.role}" in one.layers and name in one.name]
+                assert {one.fmt for one in of_layer} == ({"w4_g128"} if layer.modulation else {"w8", "w4_g128"})
+    assert [one.name for one in counted.chosen("DiT-XL/2 512px mlp down")] == [
+        "w8 x int8 2048 x 1152 x 4608",
+        "w4_g128 x int8 2048 x 1152 x 4608",
+        "quantization 2048 x 4608",
+    ]
+
+
+def launch():
+    counters = Counters(blocks=4, tensors={"x": 4096, "y": 1024, "untouched": 7})
+    counters.requests["load", "x"] = Requests(8, 64, 32)
+    counters.requests["store", "y"] = Requests(8, 8, 8)
+    counters.fetched.update(x=2048, y=256)
+    counters.passes["matrix load"] = Passes(104, 100)
+    counters.passes["store"] = Passes(12, 10)
+    counters.engines, counters.macs["s8"] = 1280, 5 * 4096
+    counters.issued.update({"ld.global": 8, "bar": 16})
+    counters.waits.update({("cp", 0): 8, ("cp", 2): 4, ("wgmma", 0): 16})
+    return Launch("some_kernel", (10, 2, 1), 64, 1.0, 0, {}, 0, "", counters=counters)
+
+
+def test_counts_are_of_the_whole_grid():
+    found = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), launch())
+    assert found.sectors == {"load x": 320, "store y": 40} and found.sectors_least == {"load x": 160, "store y": 40}
+    assert found.fetched == {"x": 10240, "y": 1280} and found.tensors == {"x": 4096, "y": 1024}
+    assert found.sector_ratio == 360 / 200 and found.pass_ratio == 580 / 550 and found.fetched_again == 11520 / 5120
+    assert found.issued == {"bar": 2, "ld.global": 1} and found.waits == {"cp, 0": 1, "cp, 2": 0.5, "wgmma, 0": 2}
+    assert found.over() == ["load x 2.00 (89%)", "store 1.20 (10%)"]
+    assert found.engines == 6400 and found.macs == {"s8": 102400}
+    (said,) = counting.lines([found])
+    assert "some " in said and "10x2" in said and "1 cp, 2 wgmma" in said and said.endswith("store 1.20 (10%)")
+
+
+def test_bounds_are_of_the_fullest_multiprocessor():
+    gpu = Gpu("a GPU", multiprocessors=8, clock_ghz=2, memory_gbs=1000, l2_bytes=64)
+    found = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), launch())
+    # 20 blocks on 8 multiprocessors: one has 3 of them. In clocks: 25 of matrix units, 580 and 50 of shared memory.
+    expected = {"matrix units": 3 / 20 * 25, "shared memory": 3 / 20 * 630, "L2": 11520 / 64}
+    assert bounds(found, gpu) == pytest.approx({k: v / 2000 for k, v in expected.items()} | {"memory": 5120 / 1e6})
+    # On an H100 bf16's 2048 * 132 * 1.83e9 a second, or 3350 GB/s.
+    assert plain_bound(4096, 3072, 3072, GPUS[90], 90) == pytest.approx(4096 * 3072**2 / (2048 * 132 * 1830))
+    assert plain_bound(1, 3072, 3072, GPUS[90], 90) == pytest.approx(2 * (3072 + 3072 + 3072**2) / 3.35e6)
+
+
+@pytest.mark.parametrize(("arch", "int8", "plain"), [(80, 624, 312), (89, 660, 330), (90, 1979, 989), (120, 838, 419)])
+def test_rates_are_the_published_ones(arch, int8, plain):
+    """TOPS and TFLOPS without sparsity, of 16-bit sums in fp16 on GeForce boards."""
+    gpu = GPUS[arch]
+    found = [2 * rate * gpu.multiprocessors * gpu.clock_ghz / 1e3 for rate in MACS_PER_CLOCK[arch]]
+    assert found == pytest.approx([int8, plain], rel=0.01)
+
+
+def test_the_command_prints_and_keeps(tmp_path, monkeypatch, capsys):
+    def count(architectures, subjects):
+        for arch in architectures:
+            for subject in subjects:
+                yield [counting._count(arch, subject, launch())]
+
+    monkeypatch.setattr(counting, "count", count)
+    out = tmp_path / "counts.json"
+    arguments = ["inspect", "--execute", "--counters", "--arch", "sm_80", "sm_90", "--match", "FLUX.1 single proj_out"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == counting.HEADER and len(printed) == 1 + 2 * 3
+    kept = json.loads(out.read_text())
+    assert [one["arch"] for one in kept["counts"]] == [80] * 3 + [90] * 3
+    assert kept["counts"][0]["subject"]["layers"] == ["FLUX.1 single proj_out"] and kept["commit"]
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == kept["counts"]
+
+
+# A product by cp.async and ldmatrix: its rows of 128 bytes lie in shared memory with their chunks exchanged by number.
+EXCHANGE = re.compile(
+    r"or\.b32\s+(%r\d+), (%r\d+), %r\d+;(?=\s*xor\.b32\s+(%r\d+), \1, %r\d+;\s*xor\.b32\s+%r\d+, \3, 32;)"
+)
+
+
+def plainly(text):
+    """The PTX, its matrices read as if chunks were not exchanged."""
+    text, count = EXCHANGE.subn(r"mov.b32 \1, \2;", text)
+    assert count == 1
+    return text
+
+
+def counts(change):
+    config = smallest("w8", 1, "int8", 80)
+    compute = product("w8", torch.int8, config, (4 * config.block_m, 128, INPUTS), 80)
+    with executing(80) as session:
+        session.counts, session.most_blocks, session.change = True, 3, change
+        with contextlib.suppress(Mismatch):  # so few blocks leave most of the output as it was
+            compute()
+        (only,) = session.launches
+    return counting._count(80, Subject(("",), *(0, 0, 0), "w8", "int8"), only)
+
+
+@pytest.fixture(scope="module")
+def as_it_is_and_changed() -> tuple[Count, Count]:
+    return tuple(Count(**{**one, "subject": Subject(**one["subject"])}) for one in in_a_compiling_process(__file__))
+
+
+def test_a_product_wastes_nothing(as_it_is_and_changed):
+    found, _ = as_it_is_and_changed
+    assert found.blocks == 3 and found.grid[0] == 8 and found.over() == []
+    assert found.sector_ratio == found.pass_ratio == 1 and found.passes["matrix load"] > 0
+    assert found.issued["mma"] > 0 and found.waits["cp, 0"] == 1 < found.waits["cp, 4"]
+
+
+def test_a_planted_bank_conflict_shows(as_it_is_and_changed):
+    _, found = as_it_is_and_changed
+    assert any(one.startswith("matrix load") for one in found.over()) and found.pass_ratio > counted.MOST_PASSES
+
+
+if __name__ == "__main__":
+    import dataclasses
+
+    print(json.dumps([dataclasses.asdict(counts(change)) for change in (None, plainly)]))
+    sys.exit()
