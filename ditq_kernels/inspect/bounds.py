@@ -20,6 +20,8 @@ class Gpu:
     clock_ghz: at which the vendor's peak rates are given.
     memory_gbs: of the memory's interface.
     l2_bytes: that all multiprocessors together read from L2 in a clock.
+    wide_macs: multiply-accumulates a clock and multiprocessor of 16-bit operands whose sums are fp32, which GeForce
+        boards make at half the rate of :data:`.machine_code.MACS_PER_CLOCK`.
     """
 
     name: str
@@ -27,46 +29,47 @@ class Gpu:
     clock_ghz: float
     memory_gbs: float
     l2_bytes: int
+    wide_macs: int
 
 
 # By architecture. Sources: NVIDIA's whitepapers of GA100 (5120 bytes a clock from L2), AD102, GH100 and GB202. Of the
 # later three no rate of L2 is published: 64 bytes a clock and multiprocessor, which one can take in, is more than it
 # gives.
 GPUS = {
-    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2039, 5120),
-    89: Gpu("GeForce RTX 4090", 128, 2.52, 1008, 64 * 128),
-    90: Gpu("H100 SXM", 132, 1.83, 3350, 64 * 132),
-    120: Gpu("GeForce RTX 5090", 170, 2.41, 1792, 64 * 170),
+    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2039, 5120, 1024),
+    89: Gpu("GeForce RTX 4090", 128, 2.52, 1008, 64 * 128, 256),
+    90: Gpu("H100 SXM", 132, 1.83, 3350, 64 * 132, 2048),
+    120: Gpu("GeForce RTX 5090", 170, 2.41, 1792, 64 * 170, 256),
 }
 
 
 def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
     """Microseconds that each resource takes at least: "matrix units" and "shared memory" on the multiprocessors that
-    have the most thread blocks, each an average one; "L2" and "memory" of what goes through them, the memory's being
-    each tensor once.
+    have the most tiles, each an average one; "L2" and "memory" of what goes through them, the memory's being what is
+    touched of each tensor, once.
 
     Args:
         gpu: None takes the architecture's of :data:`GPUS`.
     """
     gpu = gpu or GPUS[count.arch]
     clocks_a_us = gpu.clock_ghz * 1e3
-    blocks = math.prod(count.grid)
-    # The share of the grid's work that the fullest multiprocessor has.
-    share = math.ceil(blocks / gpu.multiprocessors) / blocks
-    rates = dict(zip(("s8", "f16", "bf16"), (*MACS_PER_CLOCK[count.arch], MACS_PER_CLOCK[count.arch][1]), strict=True))
+    share = math.ceil(count.tiles / gpu.multiprocessors) / count.tiles  # of all work, on the fullest multiprocessor
+    rates = {"s8": MACS_PER_CLOCK[count.arch][0], "f16": gpu.wide_macs, "bf16": gpu.wide_macs}
     matrix = sum(number / rates[kind] for kind, number in count.macs.items())
     shared = sum(count.passes.values()) + count.engines / SHARED_BYTES
     return {
         "matrix units": share * matrix / clocks_a_us,
         "shared memory": share * shared / clocks_a_us,
         "L2": sum(count.fetched.values()) / gpu.l2_bytes / clocks_a_us,
-        "memory": sum(count.tensors.values()) / gpu.memory_gbs / 1e3,
+        "memory": count.touched / gpu.memory_gbs / 1e3,
     }
 
 
-def plain_bound(rows: int, out_features: int, in_features: int, gpu: Gpu, arch: int) -> float:
-    """The same of a product of 16-bit matrices, such as cuBLAS computes, whose tiles come out even: microseconds."""
+def plain_bound(rows: int, out_features: int, in_features: int, gpu: Gpu) -> float:
+    """Microseconds that a product of 16-bit matrices, such as cuBLAS computes, takes at least, by its matrix units and
+    its memory alone: of its kernels nothing is counted.
+    """
     macs = rows * out_features * in_features
-    matrix = macs / MACS_PER_CLOCK[arch][1] / gpu.multiprocessors / gpu.clock_ghz / 1e3
+    matrix = macs / gpu.wide_macs / gpu.multiprocessors / gpu.clock_ghz / 1e3
     moved = 2 * (rows * in_features + out_features * in_features + rows * out_features)
     return max(matrix, moved / gpu.memory_gbs / 1e3)

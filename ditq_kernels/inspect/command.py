@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def count_kernels(
     from ..progress import track
     from . import counted, counting
 
-    architectures = asked or counting.ARCHITECTURES
+    architectures = tuple(dict.fromkeys(asked or counting.ARCHITECTURES))
     counting.check(architectures)
     _check_folder_of(out)
     subjects = counted.chosen(match)
@@ -112,8 +113,11 @@ def count_kernels(
 
 
 def _check_folder_of(out: Path | None) -> None:
-    if out is not None and not out.absolute().parent.is_dir():  # said now, and not when hours have passed
+    # Said now, and not when hours have passed.
+    if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}")
+    if out is not None and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise ValueError(f"--out {out}: {'it is a folder' if out.is_dir() else 'its folder cannot be written to'}")
 
 
 def _keep(record: dict, out: Path | None) -> None:

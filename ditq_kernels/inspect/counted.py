@@ -43,6 +43,7 @@ class Count:
 
     Attributes:
         grid, warps: thread blocks, and warps of each.
+        tiles: pieces of work: the thread blocks, or the tiles that persistent ones have among them.
         blocks: how many were executed.
         sectors, sectors_least: sectors of 32 bytes that requests for global memory touch, and the least they could, by
             kind and tensor, of the whole grid.
@@ -61,6 +62,7 @@ class Count:
     kernel: str
     grid: tuple[int, int, int]
     warps: int
+    tiles: int
     blocks: int
     sectors: dict[str, int]
     sectors_least: dict[str, int]
@@ -85,8 +87,13 @@ class Count:
 
     @property
     def fetched_again(self) -> float:
-        """Bytes that cross between L2 and the multiprocessors, over those of the tensors."""
-        return sum(self.fetched.values()) / sum(self.tensors.values())
+        """Bytes that cross between L2 and the multiprocessors, over those that are touched."""
+        return sum(self.fetched.values()) / self.touched
+
+    @property
+    def touched(self) -> int:
+        """Bytes of the tensors that the launch reads or writes; of some it has a part to itself."""
+        return sum(min(size, self.fetched[name]) for name, size in self.tensors.items())
 
     def over(self) -> list[str]:
         """What takes more than :data:`MOST_SECTORS` or :data:`MOST_PASSES` of the least, each with its ratio and its

@@ -16,9 +16,10 @@ from dataclasses import asdict
 import torch
 
 from ..kernels import activation, dispatch
-from ..kernels.config import shared_memory
+from ..kernels.config import Config, cdiv, shared_memory
 from ..kernels.device import Device, standing_in
 from ..layer.formats import WEIGHT_FORMATS
+from ..layer.packing import BLOCK
 from ..revision import commit
 from .bounds import GPUS, bounds, plain_bound
 from .cases.inputs import generator, stored
@@ -45,9 +46,30 @@ def compute(subject: Subject) -> None:
     dispatch.linear_a8(qx, torch.ones(rows), weight, bias.to(x.dtype), x.dtype)
 
 
-def _count(arch: int, subject: Subject, launch) -> Count:
+def _config(subject: Subject) -> Config | None:
+    """What is chosen for the product."""
+    if not subject.fmt:
+        return None
+    entering = torch.int8 if subject.activations == "int8" else torch.bfloat16
+    x = torch.empty((subject.rows, subject.in_features), dtype=entering)
+    return dispatch.chosen(x, subject.out_features, WEIGHT_FORMATS[subject.fmt], torch.bfloat16)
+
+
+def _tiles(subject: Subject, launch, config: Config | None) -> tuple[int, float]:
+    """(pieces of work of the launch, how many of them were executed)."""
     counters = launch.counters
-    scale = math.prod(launch.grid) / counters.blocks
+    if config is None or not config.descriptors or not counters.macs:
+        return math.prod(launch.grid), counters.blocks
+    outputs = counters.tensors["y"] // (2 * subject.rows)  # of several launches, this one's
+    tiles = cdiv(subject.rows, config.block_m) * cdiv(outputs, config.block_n)
+    of_one = config.block_m * config.block_n * cdiv(subject.in_features, BLOCK) * BLOCK
+    return tiles, sum(counters.macs.values()) / of_one
+
+
+def _count(arch: int, subject: Subject, launch, config: Config | None = None) -> Count:
+    counters = launch.counters
+    tiles, executed = _tiles(subject, launch, config)
+    scale = tiles / executed
     warps = launch.threads // 32
     requests = {f"{kind} {tensor}": one for (kind, tensor), one in counters.requests.items()}
     of_a_warp = counters.blocks * warps
@@ -57,6 +79,7 @@ def _count(arch: int, subject: Subject, launch) -> Count:
         launch.kernel,
         launch.grid,
         warps,
+        tiles,
         counters.blocks,
         {name: round(scale * one.sectors) for name, one in requests.items()},
         {name: round(scale * one.least) for name, one in requests.items()},
@@ -82,7 +105,9 @@ def count_subject(arch: int, subject: Subject) -> list[Count]:
         driver.install(session, cache)
         prepare_process()
         compute(subject)
-    return [_count(arch, subject, launch) for launch in session.launches]
+        config = _config(subject)
+    stored.cache_clear()  # one weight may have tens of megabytes
+    return [_count(arch, subject, launch, config) for launch in session.launches]
 
 
 def check(architectures: Sequence[int]) -> None:
@@ -126,7 +151,7 @@ def lines(counts: Sequence[Count]) -> list[str]:
     subject = last.subject
     if not subject.fmt:
         return [_line(one, "") for one in counts]
-    plain = plain_bound(subject.rows, subject.out_features, subject.in_features, GPUS[last.arch], last.arch)
+    plain = plain_bound(subject.rows, subject.out_features, subject.in_features, GPUS[last.arch])
     ratio = sum(max(bounds(one).values()) for one in counts) / plain
     return [*(_line(one, "") for one in before), _line(last, f"{ratio:.2f}")]
 

@@ -85,7 +85,7 @@ def tensor_copy(instruction, kernel):
 
 
 def _box(tensor, row, column):
-    """[rows, columns] of the matrix from a place on; zeros outside of it."""
+    """[rows, columns] of the matrix from a place on, zeros outside of it, and how many bytes of it lie inside."""
     rows, columns = tensor.box
     box = np.zeros((rows, columns), tensor.matrix.dtype)
     height, width = tensor.matrix.shape
@@ -93,7 +93,7 @@ def _box(tensor, row, column):
     bottom, right = min(row + rows, height), min(column + columns, width)
     if bottom > top and right > left:
         box[top - row : bottom - row, left - column : right - column] = tensor.matrix[top:bottom, left:right]
-    return box
+    return box, max(0, bottom - top) * max(0, right - left) * box.itemsize
 
 
 def _copy_box(m, lane, into, signal, handle, column, row):
@@ -102,7 +102,7 @@ def _copy_box(m, lane, into, signal, handle, column, row):
     tensor = m.parameters[parameters[number].name] if 0 <= number < len(parameters) else None
     if not isinstance(tensor, TensorMap):
         raise Fault("a tensor copy without a tensor map")
-    box = _box(tensor, row, column)
+    box, inside = _box(tensor, row, column)
     line = box.shape[1] * box.itemsize
     if into % 128 or (tensor.swizzle and line > 16 << tensor.swizzle):
         raise Fault(f"a tensor copy to {into:#x} of rows of {line} bytes")
@@ -112,7 +112,7 @@ def _copy_box(m, lane, into, signal, handle, column, row):
     m.shared.touch(np.full(1, signal), 8, np.full(1, lane), "signals")
     values = box.reshape(-1).view(UNSIGNED[16])
     if m.counters:
-        m.counters.fetched[tensor.region.name] += box.nbytes
+        m.counters.fetched[tensor.region.name] += inside
         m.counters.engines += box.nbytes
     m.shared.copy_by_engine(addresses, values, lane, barrier.agent, barrier.next_step)
     # It may be done at once: nobody can tell, since what it wrote is known to those only who have waited for it.

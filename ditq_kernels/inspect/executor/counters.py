@@ -87,15 +87,16 @@ class Counters:
 
     Attributes:
         blocks: thread blocks that were executed.
-        tensors: the launch's, and the bytes that they reach over.
+        tensors: the launch's, and the bytes of their elements.
         requests: by (kind, tensor); "load", "store" and "copy", which is cp.async.
         fetched: bytes by tensor that come from L2 or go there, if the first cache keeps what a block has loaded: whole
-            sectors. Copies pass it by.
+            sectors. Copies pass it by; loads are all taken to be kept.
         passes: by kind; "load", "store", "copy", and "matrix load" and "matrix store" of 8 rows of 16 bytes at once.
             Engines' reads and writes (wgmma, tensor copies) are not among them: their swizzling keeps banks apart.
         engines: bytes of shared memory that these read and write.
         macs: multiply-accumulates of matrix instructions, by the type of their operands as PTX calls it.
-        issued: PTX instructions that warps issued, by the first part of their names.
+        issued: PTX instructions that warps issued, by the first part of their names; mbarrier.try_wait twice a phase,
+            since each is refused once here.
         waits: (of what, how many groups may be left in flight): times that a warp waited so.
     """
 
@@ -121,12 +122,14 @@ class Counters:
         known.least += least
         if kind == "load":
             blocks = rows // warps
-            loaded = self._loaded.get(tensor)
-            if loaded is None or len(loaded) <= blocks.max():
-                loaded = np.zeros((int(blocks.max()) + 1, self.tensors[tensor] // SECTOR + 2), np.bool_)
-                loaded[: len(self._loaded.get(tensor, ()))] = self._loaded.get(tensor, 0)
+            places = offsets // SECTOR
+            loaded = self._loaded.get(tensor, np.zeros((0, 0), np.bool_))
+            shape = max(len(loaded), int(blocks.max()) + 1), max(loaded.shape[1], int(places.max()) + 1)
+            if shape != loaded.shape:
+                grown = max(shape[1], 2 * loaded.shape[1]) if shape[1] > loaded.shape[1] else shape[1]
+                loaded = np.pad(loaded, ((0, shape[0] - len(loaded)), (0, grown - loaded.shape[1])))
                 self._loaded[tensor] = loaded
-            loaded[blocks, offsets // SECTOR] = True
+            loaded[blocks, places] = True
         else:
             self.fetched[tensor] += SECTOR * touched
 

@@ -31,14 +31,14 @@ class Region:
         self.first = next(_NUMBERS) * _FAR + held % 4096
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         self.size = reach * item if tensor.numel() else 0
+        self.filled = tensor.numel() * item  # bytes of elements
         self.end = self.first + self.size
         self.start = self.first & ~15
         padded = -(-(self.end - self.start) // 16) * 16
         raw = np.frombuffer((ctypes.c_uint8 * padded).from_address(held & ~15), np.uint8) if padded else np.zeros(0)
         self.views = {width: raw.view(UNSIGNED[width]) for width in (1, 2, 4, 8, 16)} if padded else {}
         self.elements = None if reach == tensor.numel() else self._elements(reach, item)
-        counted = None if self.elements is None else np.concatenate(([0], np.cumsum(self.elements)))
-        self.counted = counted  # bytes of elements before each byte
+        self.counted = None if self.elements is None else self._counted()  # bytes of elements before each byte
         self.written: np.ndarray | None = None  # of each byte from ``start`` on; None before the first store
         self.read = False
 
@@ -47,6 +47,12 @@ class Region:
         held = np.zeros(reach, np.bool_)
         np.lib.stride_tricks.as_strided(held, tuple(self.tensor.shape), self.tensor.stride())[...] = True
         return np.repeat(held, item)
+
+    def _counted(self):
+        """As small as it can be: as many numbers as the tensor has bytes."""
+        counted = np.zeros(len(self.elements) + 1, np.int32 if len(self.elements) < 2**31 else np.int64)
+        np.cumsum(self.elements, out=counted[1:])
+        return counted
 
     def holds(self, addresses: np.ndarray, width: int) -> np.ndarray:
         """Which accesses touch elements and nothing else."""
@@ -87,7 +93,7 @@ class Region:
     def unwritten(self) -> int:
         """How many bytes of elements no store has reached."""
         if self.written is None:
-            return self.tensor.numel() * self.tensor.element_size()
+            return self.filled
         missing = ~self.written[self.first - self.start : self.end - self.start]
         return int((missing if self.elements is None else missing & self.elements).sum())
 

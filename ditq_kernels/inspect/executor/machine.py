@@ -77,7 +77,7 @@ class Machine:
             all_ctas = all_ctas.astype(np.int64)
         if self.counters:
             self.counters.blocks += len(all_ctas)
-            self.counters.tensors = {region.name: region.size for region in self.memory.regions}
+            self.counters.tensors = {region.name: region.filled for region in self.memory.regions}
         with np.errstate(all="ignore"):
             for first in range(0, len(all_ctas), self.ctas_at_once):
                 self._run(all_ctas[first : first + self.ctas_at_once])
