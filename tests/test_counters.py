@@ -45,6 +45,14 @@ def test_sectors_of_loads(body, ahead, expected):
     assert counted(body, x=aligned(64 * 32, ahead)).requests == {("load", "x"): expected}
 
 
+def test_what_a_block_loads_again_comes_from_its_cache():
+    body = NEIGHBOURS + NEIGHBOURS + "st.global.b32 [y_at], t;\n" + ONE_FOR_ALL
+    found = counted(body, x=aligned(64), y=aligned(64))
+    assert found.fetched == {"x": 256, "y": 256} and found.tensors == {"x": 256, "y": 256}
+    strided = aligned(256)[::4]
+    assert counted("ld.global.b32 %r1, [x];", x=strided).tensors == {"x": 256}
+
+
 def test_stores_and_copies_are_counted_apart():
     body = """
     cp.async.ca.shared.global [at], [x_at], 4;

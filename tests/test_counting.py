@@ -1,6 +1,7 @@
 """What is counted of real layers' kernels: which layers, scaled how, and that what is planted in a kernel shows."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from ditq_kernels.inspect.counted import Count, Subject
 from ditq_kernels.inspect.executor.counters import Counters, Passes, Requests
 from ditq_kernels.inspect.executor.driver import Launch
 from ditq_kernels.inspect.machine_code import MACS_PER_CLOCK
+from ditq_kernels.kernels.config import Config
 from ditq_kernels.shapes import LAYERS
 
 
@@ -58,6 +60,26 @@ def test_counts_are_of_the_whole_grid():
     assert found.engines == 6400 and found.macs == {"s8": 102400}
     (said,) = counting.lines([found])
     assert "some " in said and "10x2" in said and "1 cp, 2 wgmma" in said and said.endswith("store 1.20 (10%)")
+
+
+def test_persistent_blocks_are_scaled_by_their_tiles():
+    """Of 5 x 3 tiles two blocks had three."""
+    config = Config("int8", 64, 64, 128, 4, 4, descriptors=True)
+    subject = Subject(("a layer",), 300, 160, 256, "w8", "int8")
+    one = launch()
+    one.counters.tensors["y"] = 2 * 300 * 160
+    one.counters.macs["s8"] = 3 * 64 * 64 * 256
+    found = counting._count(90, subject, one, config)
+    assert found.tiles == 15 and found.macs == {"s8": 5 * 300 // 100 * 64 * 64 * 256}
+    assert found.sectors["load x"] == 5 * 64
+    assert counting._count(90, subject, one).tiles == 20
+
+
+def test_what_is_touched_is_no_more_than_there_is():
+    found = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), launch())
+    assert found.touched == 4096 + 1024
+    less = dataclasses.replace(found, fetched={"x": 100, "y": 2048})
+    assert less.touched == 100 + 1024 and less.fetched_again == 2148 / 1124
 
 
 def test_bounds_are_of_the_fullest_multiprocessor():
@@ -144,7 +166,5 @@ def test_a_planted_bank_conflict_shows(as_it_is_and_changed):
 
 
 if __name__ == "__main__":
-    import dataclasses
-
     print(json.dumps([dataclasses.asdict(counts(change)) for change in (None, plainly)]))
     sys.exit()
