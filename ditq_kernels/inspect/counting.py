@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import multiprocessing
 import os
@@ -103,11 +104,18 @@ def count_subject(arch: int, subject: Subject) -> list[Count]:
     )
     with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch, GPUS[arch].multiprocessors)):
         driver.install(session, cache)
-        prepare_process()
         compute(subject)
         config = _config(subject)
-    stored.cache_clear()  # one weight may have tens of megabytes
+    # A weight may have tens of megabytes, and what executed a launch holds more, in circles.
+    stored.cache_clear()
+    gc.collect()
     return [_count(arch, subject, launch, config) for launch in session.launches]
+
+
+def _begin() -> None:
+    """Of a process that counts: once, since it sets aside whatever objects there are."""
+    end_with_parent()
+    prepare_process()
 
 
 def check(architectures: Sequence[int]) -> None:
@@ -130,7 +138,7 @@ def count(
     pairs = [(arch, subject) for arch in architectures for subject in subjects]
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, end_with_parent) as pool:
+        with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, _begin) as pool:
             yield from pool.map(count_subject, *zip(*pairs, strict=True))
     finally:
         if environment is not None:
