@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -122,6 +124,16 @@ def test_the_command_prints_and_keeps(tmp_path, monkeypatch, capsys):
     assert kept["counts"][0]["subject"]["layers"] == ["FLUX.1 single proj_out"] and kept["commit"]
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == kept["counts"]
+
+
+def _end(arch, subject):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_ended_is_said_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(counting, "count_subject", _end)
+    assert cli.main(["inspect", "--execute", "--counters", "--arch", "sm_80", "--match", "FLUX.1 mlp down"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("by the system if memory is short: --match counts fewer products")
 
 
 # A product by cp.async and ldmatrix: its rows of 128 bytes lie in shared memory with their chunks exchanged by number.

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
 import torch
@@ -140,6 +141,11 @@ def count(
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, _begin) as pool:
             yield from pool.map(count_subject, *zip(*pairs, strict=True))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that counts was ended from outside, "
+            "by the system if memory is short: --match counts fewer products"
+        ) from error
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment
