@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny_ptx import run
 
-from ditq_kernels.inspect.executor import counters
+from ditq_kernels.inspect.executor import copies, counters
+from ditq_kernels.inspect.executor.copies import TensorMap
 from ditq_kernels.inspect.executor.counters import Counters, Passes, Requests
 
 
@@ -51,6 +52,12 @@ def test_what_a_block_loads_again_comes_from_its_cache():
     assert found.fetched == {"x": 256, "y": 256} and found.tensors == {"x": 256, "y": 256}
     strided = aligned(256)[::4]
     assert counted("ld.global.b32 %r1, [x];", x=strided).tensors == {"x": 256}
+
+
+def test_tensor_copies_fetch_what_lies_inside():
+    tensor = TensorMap(None, np.zeros((20, 20), np.uint32), (16, 4), 0)
+    places = ((2, 1), (6, 18), (19, 19), (30, 0))
+    assert [copies._box(tensor, *place)[1] for place in places] == [16 * 4 * 4, 14 * 2 * 4, 4, 0]
 
 
 def test_stores_and_copies_are_counted_apart():
