@@ -15,9 +15,18 @@ from ditq_kernels import QuantLinear, cli
 from ditq_kernels.analysis import report
 from ditq_kernels.analysis.analyze import Analysis, analyze, gentler, recommended_plan
 from ditq_kernels.analysis.observe import attention_modules, observe_run
-from ditq_kernels.analysis.sensitivity import Loss, draw_losses, forms_of, output_losses, relative_error
+from ditq_kernels.analysis.sensitivity import (
+    Loss,
+    draw_losses,
+    forms_of,
+    output_losses,
+    relative_error,
+    squared_errors,
+)
 from ditq_kernels.analysis.statistics import BINS, Histogram, InputStatistics, edge
 from ditq_kernels.analysis.weights import signal_to_noise, weight_statistics
+from ditq_kernels.model.calibration import DEFAULT_STEP
+from ditq_kernels.model.planning import plan
 
 # Statistics
 
@@ -367,3 +376,50 @@ def test_layers_all_zero_have_no_range_and_no_loss():
         model.blocks[0].down.weight.zero_()
     found = analyze(model, drawing(model), ["w8a8"], progress=False)
     assert "blocks.0.down" not in found.weights and "blocks.0.down" not in found.losses
+
+
+def test_errors_are_relative_and_squared_where_they_are_added():
+    original = torch.tensor([3.0, 4.0])
+    assert relative_error(original * 1.5, original) == pytest.approx(0.5)
+    assert relative_error(original * 100, original * 50) == pytest.approx(1.0)
+    losses = {"a": {"w8a8": Loss(20.0, 0.1), "w4a8": Loss(10.0)}}
+    forms = {"a": {"w8a8": "w8a16", "w4a8": "w4a16"}}
+    assert squared_errors(losses, forms) == {"a": {"w8a16": pytest.approx(0.01)}}
+    # One layer with ten times the others' error has a hundred times their square.
+    model, scheme = small_dit(heads=4, head_dim=32), "w4a8_g32"
+    forms = forms_of(model, [scheme], {})
+    losses = {name: {scheme: Loss(20.0, 0.1)} for name in forms}
+    layer = "transformer_blocks.0.attn1.to_v"
+    losses[layer][scheme] = Loss(20.0, 1.0)
+    chosen, _ = recommended_plan(model, scheme, losses, forms)
+    others = len(plan(model, scheme).quantized()) - 1
+    share = 1.0 / (1.0 + others * 0.01)
+    assert f"{share:.0%} of the pictures' squared error" in chosen[layer].reason
+
+
+def test_calls_of_a_step_are_counted_as_asked():
+    model = tiny_model()
+    found = analyze(model, drawing(model, 6), ["w8a8"], step=0.5, calls_per_step=2, one_by_one=False, progress=False)
+    assert (found.step, found.observation.steps) == (1, 3)
+    forms, amax = found.forms, {}
+    expected = output_losses(model, drawing(model, 6), forms, amax, 1, calls_per_step=2)
+    assert found.losses == expected != output_losses(model, drawing(model, 6), forms, amax, 1)
+
+
+def test_what_the_command_asks_for(tmp_path, monkeypatch):
+    """The steps of the observed run, those of each trial, and the step that static scales are of."""
+    small_dit(heads=2, head_dim=64).save_pretrained(tmp_path / "model")
+    asked = {}
+
+    def stop(model, draw, schemes, *, step, trial, one_by_one):
+        asked.update(step=step, steps=draw(), trial=trial(), schemes=schemes, one_by_one=one_by_one)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("ditq_kernels.analysis.analyze.analyze", stop)
+    monkeypatch.setattr("ditq_kernels.integrations.sampling.sample", lambda *_, steps, **__: steps)
+    arguments = ["analyze", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--schemes", "w8a8"]
+    chosen = ["--steps", "9", "--step", "0.25", "--trial-steps", "4", "--no-trials"]
+    assert cli.main([*arguments, *chosen]) == 2
+    assert asked == dict(step=0.25, steps=9, trial=4, schemes=["w8a8"], one_by_one=False)
+    assert cli.main([*arguments, "--steps", "3"]) == 2  # trials are no longer than the run
+    assert asked == dict(step=DEFAULT_STEP, steps=3, trial=3, schemes=["w8a8"], one_by_one=True)

@@ -11,6 +11,7 @@ import ditq_kernels as ditq
 from ditq_kernels.analysis.analyze import analyze
 from ditq_kernels.integrations.sampling import default_scheduler, sample
 from ditq_kernels.layer.formats import Scheme
+from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.model.budget import Option, allocate, alternatives, rounding_error
 
 
@@ -124,10 +125,28 @@ def test_a_calibration_weighs_the_inputs():
     assert rounding_error(layer, "w4a8_g32", moment) == 0
     assert rounding_error(layer, "w4a8_g32", torch.eye(64)) == pytest.approx(rounding_error(layer, "w4a8_g32"))
     assert rounding_error(layer, "w8a8") < rounding_error(layer, "w4a8_g32")
+    # Of two columns the noise of one, and what both make of each other.
+    seen = torch.zeros(64, 64)
+    seen[3, 3] = 2.0
+    exact = layer.weight.detach()
+    noise = QuantLinear.from_linear(layer, "w4a16_g32").dequantized_weight() - exact
+    expected = float(noise[:, 3].square().sum() / exact[:, 3].square().sum())
+    assert rounding_error(layer, "w4a8_g32", seen) == pytest.approx(expected, rel=1e-4)
     model = dit()
     calibration = calibrated(model, moments=True)
     chosen = ditq.plan(model, budget_bits=5, calibration=calibration)
     assert stored_bits(chosen) <= 5
+
+
+def test_a_budget_goes_where_the_calibration_says():
+    """A layer that is fed nothing makes no error, however coarse."""
+    model = dit()
+    calibration = calibrated(model, moments=True)
+    unfed = "transformer_blocks.0.attn1.to_out.0"
+    assert ditq.plan(model, "w4a8_g128", budget_bits=6)[unfed].scheme != "w4a8_g128"
+    calibration.moments[unfed] = torch.zeros_like(calibration.moments[unfed])
+    chosen = ditq.plan(model, "w4a8_g128", budget_bits=6, calibration=calibration)
+    assert chosen[unfed].scheme == "w4a8_g128" and stored_bits(chosen) > 5
 
 
 def test_refusals():

@@ -12,8 +12,11 @@ import torch
 
 from ditq_kernels.kernels import config, dispatch, tables
 from ditq_kernels.kernels.config import Config, Problem
+from ditq_kernels.kernels.device import standing_in
+from ditq_kernels.kernels.operands import Operands
 from ditq_kernels.layer import extension
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
 
 W8, W4 = WEIGHT_FORMATS["w8"], WEIGHT_FORMATS["w4_g128"]
 H100 = dict(capability=90, multiprocessors=132)
@@ -22,10 +25,10 @@ H100 = dict(capability=90, multiprocessors=132)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv(tables.DIRECTORY_VARIABLE, str(tmp_path))
-    for cache in (tables.choose, tables._winners):
+    for cache in (tables.choose, tables._winners, dispatch._chosen):
         cache.cache_clear()
     yield
-    for cache in (tables.choose, tables._winners):
+    for cache in (tables.choose, tables._winners, dispatch._chosen):
         cache.cache_clear()
 
 
@@ -226,3 +229,25 @@ def test_the_second_call_of_a_shape_costs_little_python():
     result = subprocess.run([sys.executable, "-c", PYTHON_COST], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= MOST_FUNCTIONS
+
+
+@pytest.mark.parametrize("activation_bytes", [1, 2])
+def test_products_run_by_the_winner_of_their_class(activation_bytes, tmp_path, monkeypatch):
+    """As users come to it: a product of any number of rows of a class takes what was measured for the class."""
+    given = problem(512, 256, 384, activation_bytes, W4)
+    winner = next(c for c in config.candidates(given) if c.route == "in_loop" and c != config.heuristic(given))
+    tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, winner)], [])
+    ran = []
+    for route in ("in_loop_product", "expanded_product", "small_product", "_int8_product"):
+        monkeypatch.setattr(dispatch, route, lambda operands, config, *_: ran.append(config))
+    weight = PackedWeight(torch.empty(256, 192, dtype=torch.uint8), None, None, W4, 384)
+
+    def runs_by(rows, out_features=256):
+        x = torch.empty(1, 384, dtype=torch.int8 if activation_bytes == 1 else torch.bfloat16).expand(rows, 384)
+        with standing_in(dispatch.Device("gpu", 90, 132)):
+            dispatch.product(Operands(x, None, weight, None, torch.bfloat16))
+        return ran.pop()
+
+    assert {runs_by(rows) for rows in (257, 300, 511, 512)} == {winner}
+    for rows in (256, 513):
+        assert runs_by(rows) == config.heuristic(problem(rows, 256, 384, activation_bytes, W4)) != winner

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it writes, what it says, and what it exits with."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -305,3 +306,24 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -u -m ditq_kernels env | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert result.stdout.startswith("ditq_kernels") and result.stderr == "" and result.returncode == 0
+
+
+def test_the_step_and_the_clip_are_those_that_are_asked_for(bare_model, tmp_path, capsys):
+    """An index from the end, too, which looks like an option; and weights of ranges that are clipped."""
+    found = {}
+    for step in ("-1", "2", "0"):
+        file = tmp_path / f"{step}.safetensors"
+        code, printed, _ = ditq("calibrate", bare_model, "--step", step, "--out", file, *QUICK, capsys=capsys)
+        found[step] = ditq_kernels.Calibration.load(file)
+        assert code == 0 and f"step {found[step].step}" in printed
+    assert [(c.step, c.steps) for c in found.values()] == [(3, 4), (2, None), (0, None)]
+    assert found["-1"].amax != found["2"].amax != found["0"].amax
+    weights = {}
+    for scheme, clip in itertools.product(("w4a16_g32", "w4a8_g32_static"), ((), ("--clip", "0.7"))):
+        out = tmp_path / f"{scheme}{len(clip)}"
+        assert ditq("quantize", bare_model, "--scheme", scheme, "--out", out, *clip, *QUICK, capsys=capsys)[0] == 0
+        layer = quantized_layers(ditq_kernels.load(out))["transformer_blocks.0.attn1.to_k"]
+        weights[scheme, clip] = layer.dequantized_weight()
+    for scheme in ("w4a16_g32", "w4a8_g32_static"):
+        whole, clipped = weights[scheme, ()], weights[scheme, ("--clip", "0.7")]
+        assert clipped.abs().max() < 0.8 * whole.abs().max()

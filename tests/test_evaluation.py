@@ -86,6 +86,43 @@ def test_rows_compare_with_the_same_seeds_and_the_noise_floor_with_others(evalua
     assert original.frechet == pytest.approx(other.frechet, rel=1e-6) and original.frechet > 0
 
 
+def test_a_judge_that_says_the_same_of_every_picture(evaluation):
+    """Its accuracy is the share of pictures of that class; its score, by the softmax of what it says, one."""
+    said = torch.tensor([0.0, 3.0, -1.0, 0.5])
+    judge = Judge("of one mind", JUDGE.features, 2, lambda x: said.expand(len(x), 4))
+    row = Evaluation(evaluation.sampler, "small", SETTINGS, evaluation.directory, judge).row(ORIGINAL)
+    labels = evaluation.request(ORIGINAL).labels
+    assert len(labels) == 5 and labels.count(1) not in (0, 5)
+    assert row.accuracy == labels.count(1) / 5 and row.score == pytest.approx(1)
+    # One that tells two pictures from three: exp of the mean divergence from (0.4, 0.6), but for a shared rest.
+    judge = Judge("of two minds", JUDGE.features, 2, lambda x: torch.log(_certainty(x)))
+    row = Evaluation(evaluation.sampler, "small", SETTINGS, evaluation.directory, judge).row(ORIGINAL)
+    certainty = torch.cat([_certainty(batch) for batch in evaluation.pictures(ORIGINAL)]).double()
+    marginal = certainty.mean(0)
+    expected = math.exp(float((certainty * (certainty / marginal).log()).sum(1).mean()))
+    assert row.score == pytest.approx(expected, rel=1e-4) and expected > 1.0001
+
+
+def _certainty(pictures):
+    """Probabilities of two classes, by a picture's brightness."""
+    first = pictures.mean((1, 2, 3)).sigmoid()
+    return torch.stack([first, 1 - first], 1)
+
+
+def test_no_picture_that_is_compared_calibrates(tmp_path, monkeypatch):
+    """Nor is one that is shown; and the classes take turns in both."""
+    found, asked = Evaluation(sampler(), "small", SETTINGS, tmp_path / "samples"), []
+    runs = found.sampler.runs
+    monkeypatch.setattr(
+        found.sampler, "runs", lambda subjects, seeds: asked.append(list(seeds)) or runs(subjects, seeds)
+    )
+    found.calibration(moments=False)
+    seeds = {seed for of_run in asked for seed in of_run}
+    assert len(seeds) == SETTINGS.calibration_pictures
+    for variant in (ORIGINAL, NOISE_FLOOR[0]):
+        assert not seeds & set(found.request(variant).seeds)
+
+
 def test_too_few_pictures_for_a_covariance_have_no_distance(evaluation):
     many = Judge("many features", lambda x: x.flatten(1), 64, JUDGE.logits)
     few = Evaluation(evaluation.sampler, "small", SETTINGS, evaluation.directory, many)

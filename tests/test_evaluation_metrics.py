@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ditq_kernels.demo.classifier import accuracy
 from ditq_kernels.evaluation.metrics import (
     Difference,
     classifier_score,
@@ -118,3 +119,33 @@ def test_a_distance_waits_for_no_other_process(monkeypatch):
         monkeypatch.setattr(torch.distributed, name, absent)
     features = torch.randn(20, 3, dtype=torch.float64)
     assert frechet_distance(features, features) < 1e-9
+
+
+def test_intervals_are_as_wide_as_95_percent_ask_for(monkeypatch):
+    """Of many values the mean is normal: 1.96 of its deviations on either side."""
+    values = torch.randn(500, generator=torch.Generator().manual_seed(3)).double()
+    deviation = float(values.std()) / 500**0.5
+    low, high = interval(values)
+    assert (high - low) / (2 * 1.96 * deviation) == pytest.approx(1, abs=0.06)
+    # 90 % would ask for 0.84 of it, and 99.5 % for 1.43.
+    monkeypatch.setattr("ditq_kernels.evaluation.metrics.frechet_distance", lambda x, _: float(x.mean()))
+    excess, (low, high) = frechet_excess(values.unsqueeze(1), torch.zeros(500, 1), torch.zeros(9, 1), resamples=2000)
+    assert excess == pytest.approx(float(values.mean()))
+    assert (high - low) / (2 * 1.96 * deviation) == pytest.approx(1, abs=0.06)
+
+
+def test_a_relative_difference_of_known_pictures():
+    original = torch.ones(2, 1, 16, 16)
+    assert difference(original * 0.9, original).relative_l2 == pytest.approx(0.1, rel=1e-5)
+
+
+def test_the_share_of_pictures_that_a_classifier_knows():
+    pictures = torch.arange(1203.0).view(-1, 1, 1, 1)
+    labels = torch.zeros(1203, dtype=torch.int64)
+    labels[:401] = 1  # it says so of every picture
+
+    def classifier(batch):
+        assert len(batch) <= 500
+        return torch.tensor([0.0, 2.0, 1.0]).expand(len(batch), 3)
+
+    assert accuracy(classifier, pictures, labels) == pytest.approx(401 / 1203)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -20,6 +21,15 @@ def test_every_scheme_parses_to_itself():
         assert scheme.weight.layout in LAYOUTS
 
 
+def test_a_name_says_what_a_scheme_is():
+    for name, scheme in (SCHEMES | MIXED_SCHEMES).items():
+        weights, activations, group, kind = re.fullmatch(r"w(\d+)a(\d+)(?:_g(\d+))?(?:_(\w+))?", name).groups()
+        assert (scheme.weight.bits, scheme.activation.bits) == (int(weights), int(activations))
+        assert scheme.weight.group == (int(group) if group else None)
+        plain = {"16": "none", "8": "token"}[activations]
+        assert scheme.activation.scaling == {None: plain, "static": "tensor", "semistatic": "mixed"}[kind]
+
+
 def test_the_recommended_schemes_come_first():
     assert tuple(SCHEMES)[: len(RECOMMENDED)] == RECOMMENDED
     assert len(SCHEMES) == len(WEIGHT_FORMATS) * 3
@@ -27,7 +37,9 @@ def test_the_recommended_schemes_come_first():
 
 @pytest.mark.parametrize("name", ["w3a8", "w8a8_g48", "w8a16_static", "w4a16_g128_static", "W8A8", "", "w8a8_g128_g64"])
 def test_unknown_schemes_are_refused_with_what_is_allowed(name):
-    with pytest.raises(ValueError, match=r"unknown scheme .*w<bits>a<bits>\[_g<group>\]\[_static\].*128"):
+    with pytest.raises(
+        ValueError, match=r"unknown scheme .*w<bits>a<bits>\[_g<group>\]\[_static\].*groups of 32, 64, 128 "
+    ):
         Scheme.parse(name)
 
 
@@ -40,6 +52,8 @@ def test_mixed_schemes_are_of_models():
         assert scheme.of_layer(False) is SCHEMES[name.replace("_semistatic", "_static")]
         assert scheme.of_layer(True) is SCHEMES[name.removesuffix("_semistatic")]
         assert scheme.weight_only is scheme.of_layer(True).weight_only
+    with pytest.raises(ValueError, match="w4a8_semistatic is a whole model's: give a layer w4a8_static or w4a8$"):
+        Scheme.parse_for_layer("w4a8_semistatic")
     for scheme in SCHEMES.values():
         assert scheme.of_layer(True) is scheme.of_layer(False) is Scheme.parse_for_layer(scheme) and not scheme.mixed
 

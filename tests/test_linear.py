@@ -127,3 +127,18 @@ def test_bad_input_is_named():
         QuantLinear.from_linear(layer, "w8a8")
     with pytest.raises(TypeError, match="from_linear"):
         QuantLinear(128, 8)
+
+
+@pytest.mark.parametrize(("scheme", "reach"), [("w8a8_static", 40.0), ("w8a8", 100.0), ("w8a16", 100.0)])
+def test_what_a_calibrated_reach_does(scheme, reach):
+    """Through a layer that changes nothing: inputs beyond the reach saturate, and only with a static scale."""
+    layer = nn.Linear(32, 32, bias=False)
+    layer.weight.data.copy_(torch.eye(32))
+    found = QuantLinear.from_linear(layer, scheme, input_amax=40.0)
+    x = torch.zeros(1, 32)
+    x[0, :5] = torch.tensor([1.0, 20.0, 40.0, 80.0, -100.0])
+    y = found(x)
+    assert (y - x.clamp(-reach, reach)).abs().max() <= 0.51 * reach / 127
+    # What 8 bits cannot hold, 16 can; and only they.
+    assert torch.equal(y, x) == (scheme == "w8a16")
+    assert found.input_amax is None or found.input_amax.tolist() == [40.0]

@@ -8,8 +8,9 @@ from oracle import activations, linear
 
 import ditq_kernels as ditq
 from ditq_kernels import QuantLinear
-from ditq_kernels.layer import backend, cpu_extension, extension, ops
+from ditq_kernels.layer import backend, cpu_extension, extension, ops, reference
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")
 formats = pytest.mark.parametrize("name", WEIGHT_FORMATS)
@@ -294,3 +295,47 @@ def test_importing_the_package_loads_neither_triton_nor_diffusers():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["w8", "w4_g64"])
+def test_gradients_of_known_values(name, dtype, implementation, device):
+    """Of a sum, whose gradient is one number expanded, of a transposed one, and of either operand alone."""
+    reason = backend.why_unavailable(implementation, device.type)
+    if reason:
+        pytest.skip(reason)
+    (qweight, scale, group_code), bias = parts(name, device)
+    weight = dict(qweight=qweight, scale=scale, group_code=group_code, weight_format=name, quantizes_input=False)
+    dense = reference.dequantize(PackedWeight(qweight, scale, group_code, WEIGHT_FORMATS[name], 150))
+    values = activations(6, 150, dtype, device)
+    ones, by_row = torch.ones((), device=device, dtype=dtype), torch.arange(1, 7, device=device, dtype=dtype)
+    with ditq.use_backend(implementation):
+        for needs_x, needs_bias in ((True, True), (True, False), (False, True)):
+            x, b = values.clone().requires_grad_(needs_x), bias.clone().requires_grad_(needs_bias)
+            for gradient in (ones.expand(6, 24), by_row.expand(24, 6).T):
+                x.grad = b.grad = None
+                ops.quantized_linear(x, bias=b, **weight).backward(gradient)
+                if needs_x:
+                    error = (x.grad.float() - gradient.float() @ dense).norm() / (gradient.float() @ dense).norm()
+                    assert error < 4 * torch.finfo(dtype).eps
+                if needs_bias:
+                    assert b.grad.tolist() == [float(gradient[:, 0].sum())] * 24
+                assert (x.grad is None, b.grad is None) == (not needs_x, not needs_bias)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("quantizes_input", [True, False])
+def test_inputs_may_have_any_strides(rows, quantizes_input, implementation, device):
+    """Transposed, every second row and column, the same row again and again: the bits are those of a copy."""
+    reason = backend.why_unavailable(implementation, device.type)
+    if reason:
+        pytest.skip(reason)
+    (qweight, scale, group_code), bias = parts("w4_g32", device)
+    weight = dict(qweight=qweight, scale=scale, group_code=group_code, bias=bias, weight_format="w4_g32")
+    wide = activations(2 * rows, 300, torch.bfloat16, device)
+    with ditq.use_backend(implementation):
+        for x in (wide[:rows, :150].T.contiguous().T, wide[::2, ::2], wide[:1, :150].expand(rows, 150)):
+            found = ops.quantized_linear(x, quantizes_input=quantizes_input, **weight)
+            assert torch.equal(found, ops.quantized_linear(x.contiguous(), quantizes_input=quantizes_input, **weight))

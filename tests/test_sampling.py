@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 from PIL import Image
 from small_sources import small_pipeline
 from torch import nn
@@ -180,3 +186,23 @@ def test_a_model_in_bfloat16_is_fed_bfloat16_and_the_steps_stay_fp32():
     result = sample(model, default_scheduler(), [1], [2], steps=4, progress=False)
     assert model.calls[0][0].dtype == torch.bfloat16
     assert result.dtype == torch.float32 and not torch.equal(result, result.to(torch.bfloat16).float())
+
+
+def test_a_scheduler_scales_its_noise_and_what_the_model_is_given():
+    """Euler's samples are as large as its sigmas, and the model is given them as large as noise of size one."""
+    model, scheduler = Elementwise(), EulerDiscreteScheduler()
+    sample(model, scheduler, [1], [2], steps=4, guidance=1.0, progress=False)
+    noise = initial_noise(model, [2])
+    sigma = scheduler.sigmas[0]
+    assert sigma > 5 and scheduler.init_noise_sigma > 5
+    first = noise * scheduler.init_noise_sigma / (sigma**2 + 1) ** 0.5
+    torch.testing.assert_close(model.calls[0][0], first)
+
+    # Where what the model predicts is the noise itself, taking it away leaves nothing.
+    class Noise(Elementwise):
+        def forward(self, x, timestep, class_labels):
+            super().forward(x, timestep, class_labels)
+            return SimpleNamespace(sample=noise.expand_as(x))
+
+    found = sample(Noise(), EulerDiscreteScheduler(), [1], [2], steps=4, guidance=1.0, progress=False)
+    assert found.abs().max() < 0.1 * noise.abs().max()

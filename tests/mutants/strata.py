@@ -1,0 +1,73 @@
+"""The parts of the package that mutants are drawn from, and the tests that should notice them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Attributes:
+    files: below ditq_kernels/.
+    tests: names of test files without ``test_``, those that take the least time first.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+def _below(folder: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}.py" for name in names.split())
+
+
+STRATA = (
+    Stratum(
+        "quantizer",
+        _below("layer", "quantizer formats"),
+        ("formats", "packing", "quantizer", "cpu_extension", "saturation", "linear"),
+    ),
+    Stratum(
+        "packing",
+        _below("layer", "packing packed_weight concatenation weight_view"),
+        ("packing", "formats", "quantizer", "linear", "weight_view", "diffusers_patches"),
+    ),
+    Stratum(
+        "reference",
+        _below("layer", "reference operands"),
+        ("reference", "linear", "ops"),
+    ),
+    Stratum("ops", _below("layer", "ops backend cpu_extension cpu"), ("linear", "cpu_products", "ops")),
+    Stratum(
+        "linear",
+        _below("layer", "linear replaced_weight") + _below("model", "conversion"),
+        ("linear", "diffusers_patches", "conversion", "weight_view", "adapters", "nothing_in_silence"),
+    ),
+    Stratum(
+        "calibration",
+        _below("model", "calibration chosen_steps observation steps saturation"),
+        ("calibration", "sampling", "saturation", "planning", "cli_pipelines"),
+    ),
+    Stratum(
+        "planning",
+        _below(
+            "model", "planning budget plan_entry plan_table smoothing recipes/rule recipes/general recipes/flux rows"
+        ),
+        ("planning", "budget", "smoothing", "rows", "folds", "recipes"),
+    ),
+    Stratum(
+        "checkpoint",
+        (*_below("checkpoint", "store manifest adapters"), "files.py"),
+        ("files", "adapters", "checkpoint", "interruption"),
+    ),
+    Stratum(
+        "metrics",
+        _below("evaluation", "metrics samples report variants layers")
+        + _below("analysis", "sensitivity statistics weights"),
+        ("evaluation_metrics", "evaluation_samples", "analysis", "evaluation", "demo"),
+    ),
+    Stratum(
+        "kernels",
+        _below("kernels", "activation config decode dense_product dispatch expansion gradient in_loop_product")
+        + _below("kernels", "small_product tables tile_order epilogue silu"),
+        ("tune", "choice", "fused_activations", "kernels", "routes", "execution"),
+    ),
+)
