@@ -64,6 +64,12 @@ $(CURDIR)/$(VENV)/triton-%: | $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --target $@.part --no-deps triton==$*
 	mv $@.part $@
 
+# How many faults the tests let through: changes to the source, drawn and planted, each with the tests of its part. For
+# hours; what was tested is written down, and not tested again. MUTANTS="--stratum ops --count 10" takes some.
+mutants: $(READY)
+	$(INSTALL) --editable '.[mutants]' --no-build-isolation --no-deps cosmic-ray
+	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
+
 # Everything that a machine with a GPU can say, without the environment above where there is no network to make it from.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py

@@ -17,6 +17,7 @@ from ditq_kernels.kernels.operands import Operands
 from ditq_kernels.layer import extension
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 from ditq_kernels.layer.packed_weight import PackedWeight
+from ditq_kernels.layer.packing import LAYOUTS
 
 W8, W4 = WEIGHT_FORMATS["w8"], WEIGHT_FORMATS["w4_g128"]
 H100 = dict(capability=90, multiprocessors=132)
@@ -36,14 +37,45 @@ def problem(rows, out_features, in_features, activation_bytes, fmt, **device):
     return Problem(config.row_class(rows), out_features, in_features, activation_bytes, fmt, **(device or H100))
 
 
+@pytest.fixture
+def runs_by(monkeypatch):
+    """As users come to it: the configuration that a product runs by, which ends where its kernel would begin."""
+    ran = []
+    for route in ("in_loop_product", "expanded_product", "small_product", "_int8_product", "_extension_product"):
+        monkeypatch.setattr(dispatch, route, lambda operands, config, *_, route=route: ran.append((route, config)))
+    routes = dict(int8="_int8_product", cuda="_extension_product")
+
+    def of(rows, out_features, in_features, activation_bytes, fmt, device=("gpu", 90, 132)):
+        x = torch.empty(1, in_features, dtype=torch.int8 if activation_bytes == 1 else torch.bfloat16)
+        columns = LAYOUTS[fmt.layout].columns(in_features)
+        weight = PackedWeight(torch.empty(out_features, columns, dtype=torch.uint8), None, None, fmt, in_features)
+        with standing_in(dispatch.Device(*device)):
+            dispatch.product(Operands(x.expand(rows, in_features), None, weight, None, torch.bfloat16))
+        route, chosen = ran.pop()
+        assert route == routes.get(chosen.route, f"{chosen.route}_product")
+        return chosen
+
+    return of
+
+
 @pytest.mark.parametrize("capability", [*config.SHARED_MEMORY, 75, 87, 103, 121])
-def test_every_problem_has_a_valid_configuration(capability):
+def test_every_problem_has_a_configuration(capability):
+    """Which keeps to what its route and the device can do, written down here once more."""
     for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), config.ROW_CLASSES):
-        for features, output in itertools.product(((1152, 1152), (40, 130), (18432, 3072)), (2, 4)):
-            given = Problem(rows, *features, size, fmt, capability, 132, output)
-            chosen = config.heuristic(given)
-            assert config.is_valid(chosen, given)
-            assert config.shared_bytes(chosen, given) <= config.shared_memory(capability)
+        for (out_features, in_features), output in itertools.product(((1152, 1152), (40, 130), (18432, 3072)), (2, 4)):
+            chosen = config.heuristic(Problem(rows, out_features, in_features, size, fmt, capability, 132, output))
+            if chosen.route == "small":
+                assert rows <= 16 and size > 1
+                continue
+            if chosen.block_m == 0:  # PyTorch multiplies
+                assert chosen.route == "expanded" and size > 1
+                continue
+            assert chosen.block_m in (16, 32, 64, 128) and chosen.block_n in (16, 32, 64, 128, 256)
+            assert chosen.route != "int8" or (size == 1 and fmt.bits == 8 and fmt.group is None)
+            if chosen.descriptors:
+                assert capability // 10 >= 9 and in_features * size % 16 == 0
+            operands = (chosen.block_m + chosen.block_n) * chosen.block_k * size * chosen.num_stages
+            assert chosen.route == "in_loop" or operands <= config.shared_memory(capability)
 
 
 def test_the_choice_depends_on_a_class_of_m_only():
@@ -54,19 +86,19 @@ def test_the_choice_depends_on_a_class_of_m_only():
     assert dispatch.problem_of(x.expand(300, 256), 512, W8) is dispatch.problem_of(x.expand(501, 256), 512, W8)
 
 
-def test_few_rows_take_the_product_that_is_bound_by_reading_weights():
-    for rows, fmt in itertools.product((1, 2, 4), WEIGHT_FORMATS.values()):
-        assert config.heuristic(problem(rows, 18432, 3072, 2, fmt)).route == "small"
-    for rows in (8, 16):
-        chosen = config.heuristic(problem(rows, 6912, 1152, 2, W4))
+def test_few_rows_take_the_product_that_is_bound_by_reading_weights(runs_by):
+    for rows, fmt in itertools.product((1, 2, 3, 4), WEIGHT_FORMATS.values()):
+        assert runs_by(rows, 18432, 3072, 2, fmt).route == "small"
+    for rows in (7, 8, 16):
+        chosen = runs_by(rows, 6912, 1152, 2, W4)
         assert (chosen.route, chosen.block_m) == ("in_loop", 16)
 
 
-def test_many_rows_expand_four_bit_weights_and_some_do_not():
+def test_many_rows_expand_four_bit_weights_and_some_do_not(runs_by):
     for size in (1, 2):
-        assert config.heuristic(problem(8192, 3072, 3072, size, W4)).route == "expanded"
-        assert config.heuristic(problem(128, 3072, 3072, size, W4)).route == "in_loop"
-    assert config.heuristic(problem(4096, 3072, 3072, 1, W8)).route == "int8"
+        assert runs_by(8192, 3072, 3072, size, W4).route == "expanded"
+        assert runs_by(128, 3072, 3072, size, W4).route == "in_loop"
+    assert runs_by(4096, 3072, 3072, 1, W8).route == "int8"
 
 
 @pytest.mark.parametrize(("rows", "features"), [(512, (1152, 1152)), (512, (1152, 4608)), (512, (4608, 1152))])
@@ -232,22 +264,15 @@ def test_the_second_call_of_a_shape_costs_little_python():
 
 
 @pytest.mark.parametrize("activation_bytes", [1, 2])
-def test_products_run_by_the_winner_of_their_class(activation_bytes, tmp_path, monkeypatch):
-    """As users come to it: a product of any number of rows of a class takes what was measured for the class."""
+def test_products_run_by_the_winner_of_their_class(activation_bytes, tmp_path, runs_by):
+    """Any number of rows of a class takes what was measured for the class, of this weight and on this GPU."""
     given = problem(512, 256, 384, activation_bytes, W4)
     winner = next(c for c in config.candidates(given) if c.route == "in_loop" and c != config.heuristic(given))
     tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, winner)], [])
-    ran = []
-    for route in ("in_loop_product", "expanded_product", "small_product", "_int8_product"):
-        monkeypatch.setattr(dispatch, route, lambda operands, config, *_: ran.append(config))
-    weight = PackedWeight(torch.empty(256, 192, dtype=torch.uint8), None, None, W4, 384)
-
-    def runs_by(rows, out_features=256):
-        x = torch.empty(1, 384, dtype=torch.int8 if activation_bytes == 1 else torch.bfloat16).expand(rows, 384)
-        with standing_in(dispatch.Device("gpu", 90, 132)):
-            dispatch.product(Operands(x, None, weight, None, torch.bfloat16))
-        return ran.pop()
-
-    assert {runs_by(rows) for rows in (257, 300, 511, 512)} == {winner}
+    assert {runs_by(rows, 256, 384, activation_bytes, W4) for rows in (257, 300, 511, 512)} == {winner}
     for rows in (256, 513):
-        assert runs_by(rows) == config.heuristic(problem(rows, 256, 384, activation_bytes, W4)) != winner
+        expected = config.heuristic(problem(rows, 256, 384, activation_bytes, W4))
+        assert runs_by(rows, 256, 384, activation_bytes, W4) == expected != winner
+    for other in (dict(out_features=512), dict(fmt=WEIGHT_FORMATS["w4_g64"]), dict(device=("another", 90, 132))):
+        asked = dict(rows=512, out_features=256, in_features=384, activation_bytes=activation_bytes, fmt=W4) | other
+        assert runs_by(**asked) != winner

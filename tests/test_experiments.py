@@ -31,6 +31,7 @@ def lab():
 @pytest.mark.parametrize("group", [None, 128, 64, 32])
 @pytest.mark.parametrize("compensated", [False, True])
 def test_simulated_weights_are_those_of_the_shipped_formats(group, compensated):
+    """Which were packed and decoded; and of 8 bits those of a division and a rounding, written down once more."""
     torch.manual_seed(0)
     layer = nn.Linear(160, 24)
     x = torch.randn(300, 160)
@@ -41,7 +42,13 @@ def test_simulated_weights_are_those_of_the_shipped_formats(group, compensated):
         (f"w8a8{name}", WeightRounding(8, group, "symmetric", compensated=compensated)),
     ):
         shipped = QuantLinear.from_linear(layer, scheme, input_moment=moment if compensated else None)
-        torch.testing.assert_close(rounding.apply(layer.weight.detach(), moment), shipped.dequantized_weight())
+        found = rounding.apply(layer.weight.detach(), moment)
+        torch.testing.assert_close(found, shipped.dequantized_weight())
+        if not (rounding.two_level or compensated):
+            width = group or 160
+            padded = nn.functional.pad(layer.weight.detach(), (0, -160 % width)).view(24, -1, width)
+            step = padded.abs().amax(2, keepdim=True) / 127
+            torch.testing.assert_close(found, (torch.round(padded / step) * step).flatten(1)[:, :160])
         if rounding.two_level:
             assert rounding.bits_per_weight(24, 256) == pytest.approx(4 + 32 / 256 + 8 / (group or 256))
 

@@ -52,7 +52,7 @@ def test_mixed_schemes_are_of_models():
         assert scheme.of_layer(False) is SCHEMES[name.replace("_semistatic", "_static")]
         assert scheme.of_layer(True) is SCHEMES[name.removesuffix("_semistatic")]
         assert scheme.weight_only is scheme.of_layer(True).weight_only
-    with pytest.raises(ValueError, match="w4a8_semistatic is a whole model's: give a layer w4a8_static or w4a8$"):
+    with pytest.raises(ValueError, match=r"w4a8_semistatic is a whole model's: give a layer w4a8_static or w4a8$"):
         Scheme.parse_for_layer("w4a8_semistatic")
     for scheme in SCHEMES.values():
         assert scheme.of_layer(True) is scheme.of_layer(False) is Scheme.parse_for_layer(scheme) and not scheme.mixed

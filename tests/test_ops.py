@@ -197,6 +197,12 @@ def test_what_an_op_is_given_is_checked_before_it_is_read(implementation, device
         (lambda op: op.linear_a8(codes, scales, *weight, bias.to("meta"), "w8", x.dtype), "bias is on meta"),
         (lambda op: op.linear_a8(codes, scales.to("meta"), *weight, bias, "w8", x.dtype), "sx is on meta"),
         (lambda op: op.quantize_activation(x, torch.ones(1, device="meta")), "amax is on meta"),
+        (lambda op: op.linear_a16(x, weight[0].to("meta"), *weight[1:], bias, "w8"), "qweight is on meta"),
+        (
+            lambda op: op.linear_a8(codes, scales, weight[0], weight[1].to("meta"), None, bias, "w8", x.dtype),
+            "scale is",
+        ),
+        (lambda op: op.grad_input(x[:, :24], weight[0].to("meta"), *weight[1:], "w8", 150), "qweight is on meta"),
     )
     with ditq.use_backend(implementation):
         for call, said in calls:
@@ -229,6 +235,36 @@ def test_autocast_ends_at_an_op(implementation):
         with torch.autocast("cpu", torch.bfloat16):
             found = list(results())
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_parts_of_a_norm_that_do_not_fit_are_named(implementation, device):
+    reason = backend.why_unavailable(implementation, device.type)
+    if reason:
+        pytest.skip(reason)
+    x = torch.zeros(2, 3, 40, device=device)
+    cases = [
+        (dict(x=x[0]), r"x must be \[batch, tokens, channels\], got \[3, 40\]"),
+        (dict(x=x.unsqueeze(0)), r"x must be \[batch, tokens, channels\]"),
+        *(
+            (dict({name: torch.zeros(41)}), rf"{name} must be \[40\] for x .* got \[41\]")
+            for name in ("weight", "bias")
+        ),
+        *((dict({name: torch.zeros(39)}), rf"{name} must be \[40\]") for name in ("weight", "bias")),
+        *((dict({name: torch.zeros(3, 40)}), rf"{name} must be \[2, 40\]") for name in ("shift", "scale")),
+        *((dict({name: torch.zeros(1, 40)}), rf"{name} must be \[2, 40\]") for name in ("shift", "scale")),
+        *((dict({name: torch.zeros(2, 40, device="meta")}), f"{name} is on meta") for name in ("shift", "scale")),
+    ]
+    with ditq.use_backend(implementation):
+        for parts, said in cases:
+            for call in (ops.norm_modulate, ops.norm_modulate_quantize):
+                with pytest.raises(ValueError, match=said):
+                    call(
+                        **(
+                            dict(x=x)
+                            | {name: part if part.is_meta else part.to(device) for name, part in parts.items()}
+                        )
+                    )
 
 
 def test_layers_on_meta_say_shapes():

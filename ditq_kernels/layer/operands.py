@@ -89,8 +89,16 @@ def one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:
     return amax.reshape(1).to(torch.float32)
 
 
+def check_devices(device: torch.device, **parts: torch.Tensor | None) -> None:
+    """ValueError unless all ``parts`` that are there are on the input's ``device``."""
+    for name, tensor in parts.items():
+        if tensor is not None and tensor.device != device:
+            raise elsewhere(name, tensor, device)
+
+
 def check_norm(x, weight, bias, shift, scale) -> None:
-    """ValueError unless the parts of a modulated norm fit ``x`` [B, T, K]."""
+    """ValueError unless the parts of a modulated norm are where ``x`` [B, T, K] is, and fit it."""
+    check_devices(x.device, weight=weight, bias=bias, shift=shift, scale=scale)
     if x.dim() != 3:
         raise ValueError(f"x must be [batch, tokens, channels], got {list(x.shape)}")
     batch, _, columns = x.shape
@@ -102,5 +110,3 @@ def check_norm(x, weight, bias, shift, scale) -> None:
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but the input is on {x.device}")

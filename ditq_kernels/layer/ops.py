@@ -15,7 +15,16 @@ import torch
 
 from .backend import backend_of
 from .errors import UnsupportedError
-from .operands import check_bias, check_norm, checked_weight, elsewhere, no_matrix, one_number, side_by_side
+from .operands import (
+    check_bias,
+    check_devices,
+    check_norm,
+    checked_weight,
+    elsewhere,
+    no_matrix,
+    one_number,
+    side_by_side,
+)
 
 GELU_FORMS = ("none", "tanh")  # as torch.nn.functional.gelu names them
 
@@ -98,11 +107,14 @@ def _grad_input(grad, qweight, scale, group_code, weight_format, in_features):
     return backend_of(grad.device).grad_input(grad, weight)
 
 
+# An operand on meta, whatever the others are on, brings a call here.
 def _norm_modulate_fake(x, weight, bias, shift, scale, eps):
+    check_devices(x.device, weight=weight, bias=bias, shift=shift, scale=scale)
     return x.new_empty(x.shape)
 
 
 def _norm_modulate_quantize_fake(x, weight, bias, shift, scale, amax, eps):
+    check_devices(x.device, weight=weight, bias=bias, shift=shift, scale=scale)
     rows = x.shape[0] * x.shape[1]
     return x.new_empty((rows, x.shape[2]), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
 
@@ -111,7 +123,6 @@ def _gelu_quantize_fake(x, amax, approximate):
     return _quantize_activation_fake(x, amax)
 
 
-# An operand on meta, whatever the others are on, brings a call here.
 def _quantize_activation_fake(x, amax):
     if amax is not None:
         one_number(amax, x.device)
@@ -119,20 +130,21 @@ def _quantize_activation_fake(x, amax):
 
 
 def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
-    if sx.device != qx.device:
-        raise elsewhere("sx", sx, qx.device)
+    check_devices(qx.device, sx=sx, qweight=qweight, scale=scale, group_code=group_code)
     if bias is not None:
         check_bias(bias, qweight)
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
 def _linear_a16_fake(x, qweight, scale, group_code, bias, weight_format, silu=False):
+    check_devices(x.device, qweight=qweight, scale=scale, group_code=group_code)
     if bias is not None:
         check_bias(bias, qweight)
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
 def _grad_input_fake(grad, qweight, scale, group_code, weight_format, in_features):
+    check_devices(grad.device, qweight=qweight, scale=scale, group_code=group_code)
     return grad.new_empty((grad.shape[0], in_features))
 
 
