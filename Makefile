@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Tests start many processes, each of which would compile every package that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest lint format clean gpu execute
+.PHONY: demo test test-oldest lint format clean gpu execute mutants
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
 # Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
@@ -67,7 +67,7 @@ $(CURDIR)/$(VENV)/triton-%: | $(READY)
 # How many faults the tests let through: changes to the source, drawn and planted, each with the tests of its part. For
 # hours; what was tested is written down, and not tested again. MUTANTS="--stratum ops --count 10" takes some.
 mutants: $(READY)
-	$(INSTALL) --editable '.[mutants]' --no-build-isolation --no-deps cosmic-ray
+	DITQ_BUILD_CUDA=0 DITQ_BUILD_CPU=0 $(INSTALL) --no-build-isolation --editable '.[mutants]'
 	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
 
 # Everything that a machine with a GPU can say, without the environment above where there is no network to make it from.

@@ -145,3 +145,13 @@ def test_where_squares_overflow_the_first_candidate_stays(name, size):
     w, fmt = torch.randn(60, 384, generator=generator(4)).clamp(-3.3, 3.3) * size, WEIGHT_FORMATS[name]
     for clip in (None, "search"):
         assert_same(quantize_weight(w, fmt, clip=clip), by_passes(w, fmt, clip))
+
+
+def test_what_it_takes(monkeypatch):
+    weight = torch.ones(3, 128)
+    assert cpu_extension.rounds(weight) and cpu_extension.rounds(weight[:1, :1])
+    assert cpu_extension.rounds(weight.to(torch.bfloat16)) and cpu_extension.rounds(weight[:, :64])
+    for other in (weight.to("meta"), weight.double(), weight.T.contiguous().T, weight[:0], weight.int()):
+        assert not cpu_extension.rounds(other)
+    monkeypatch.setattr(cpu_extension, "why_unavailable", lambda: "it is not built")
+    assert not cpu_extension.rounds(weight)

@@ -237,6 +237,16 @@ def test_autocast_ends_at_an_op(implementation):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_the_smallest_variance_that_a_norm_divides_by():
+    """1e-6 unless another is given, as the norms of diffusion transformers have it."""
+    x = torch.tensor([-1.0, 1.0]).repeat(20).expand(1, 1, 40) * 1e-3
+    expected = x / (1e-6 + 1e-6) ** 0.5
+    torch.testing.assert_close(ops.norm_modulate(x), expected)
+    codes, scales = ops.norm_modulate_quantize(x)
+    torch.testing.assert_close(codes * scales.unsqueeze(1), expected[0])
+    torch.testing.assert_close(ops.norm_modulate(x, eps=3e-6), expected / 2**0.5)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_parts_of_a_norm_that_do_not_fit_are_named(implementation, device):
     reason = backend.why_unavailable(implementation, device.type)

@@ -63,9 +63,14 @@ def test_the_product_is_exact_at_the_extremes(rows, fast, monkeypatch):
     w = torch.full((8, in_features), -128, dtype=torch.int8)
     w[::2] = 127
     exact = (qx.long() @ w.long().T).int()
-    assert torch.equal(reference.int8_product(qx, w), exact)
+    known, multiplied = reference._int_mm_is_exact(), []
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *operands: multiplied.append(1) or product(*operands))
+    assert torch.equal(reference.int8_product(qx, w), exact) and bool(multiplied) == (fast and known)
+    multiplied.clear()
+    assert reference.int8_product(qx[:0], w).shape == (0, 8) and reference.int8_product(qx, w[:0]).shape == (rows, 0)
     monkeypatch.setattr(reference, "_int_mm_is_exact", lambda: False)
-    assert torch.equal(reference.int8_product(qx, w), exact)
+    assert torch.equal(reference.int8_product(qx, w), exact) and not multiplied
 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)

@@ -12,9 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import planted, sampling, trial
+from .mutant import Mutant
 from .strata import STRATA
+from .table import table
 
-EQUIVALENT = json.loads((Path(__file__).parent / "equivalent.json").read_text())
 PACKAGE = trial.REPOSITORY / "ditq_kernels"
 SLOWER = 4.0  # times as long as the tests take without a mutant: it does not end
 AT_LEAST = 120.0  # seconds
@@ -31,7 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def drawn(options: argparse.Namespace) -> list[tuple[sampling.Mutant, tuple[str, ...]]]:
+def drawn(options: argparse.Namespace) -> list[tuple[Mutant, tuple[str, ...]]]:
     """All mutants that are asked for, with the tests that should notice them."""
     wanted = options.stratum or [planted.NAME, *(stratum.name for stratum in STRATA)]
     found = planted.mutants(PACKAGE) if planted.NAME in wanted else []
@@ -43,7 +44,7 @@ def drawn(options: argparse.Namespace) -> list[tuple[sampling.Mutant, tuple[str,
 
 
 def run(
-    found: list[tuple[sampling.Mutant, tuple[str, ...]]], record: Path, workers: int, again: bool = False
+    found: list[tuple[Mutant, tuple[str, ...]]], record: Path, workers: int, again: bool = False
 ) -> dict[str, dict]:
     """Outcomes by the mutants' names; each is written to ``record`` when it is there."""
     outcomes = json.loads(record.read_text()) if record.exists() else {}
@@ -82,25 +83,6 @@ def run(
     if failures:
         raise SystemExit(f"mutants: {failures[0]}")
     return outcomes
-
-
-def table(rows: list[dict]) -> str:
-    """What was tried, noticed and left, by stratum; then each that was left."""
-    lines = [f"{'stratum':12}{'tried':>7}{'noticed':>9}{'equivalent':>12}{'left':>6}{'noticed of the rest':>21}"]
-    names = dict.fromkeys(row["stratum"] for row in rows)
-    for name in [*names, "all"]:
-        of = [row for row in rows if name in (row["stratum"], "all")]
-        noticed = sum(row["verdict"] != trial.LEFT for row in of)
-        equivalent = sum(row["verdict"] == trial.LEFT and row["name"] in EQUIVALENT for row in of)
-        share = noticed / max(len(of) - equivalent, 1)
-        left = len(of) - noticed - equivalent
-        lines.append(f"{name:12}{len(of):7}{noticed:9}{equivalent:12}{left:6}{share:21.1%}")
-    for row in rows:
-        if row["verdict"] == trial.LEFT:
-            said = EQUIVALENT.get(row["name"])
-            lines.append(f"{'equivalent' if said else 'LEFT'} {row['file']}:{row['line']}: {row['before']}")
-            lines.append(f"    -> {row['after']}" + (f" ({said})" if said else ""))
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .sampling import Mutant, changed_lines
+from .mutant import Mutant, changed_lines
 
 NAME = "planted"
 _Q, _OPS, _PLAN, _REFERENCE = "layer/quantizer.py", "layer/ops.py", "model/planning.py", "layer/reference.py"

@@ -7,57 +7,19 @@ from __future__ import annotations
 
 import ast
 import collections
-import difflib
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import cosmic_ray.plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
+from .mutant import Mutant, changed_lines
 from .strata import Stratum
 
 # Variables are replaced and inserted by names that have to be listed; all else needs no arguments. A decorator that is
 # taken away from a kernel says nothing about the kernel.
 _LEFT_OUT = ("core/VariableReplacer", "core/VariableInserter", "core/RemoveDecorator")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one file.
-
-    Attributes:
-        file: below ditq_kernels/.
-        line: counted from 1.
-        before, after: the lines that differ.
-        text: the whole file, changed.
-    """
-
-    stratum: str
-    file: str
-    line: int
-    before: str
-    after: str
-    text: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.file}: {self.before} -> {self.after}"
-
-
-def changed_lines(old: str, new: str) -> tuple[int, str, str]:
-    """(the first line that differs, these lines as they were, as they are), each shortened to one line."""
-    one, other = old.splitlines(), new.splitlines()
-    codes = [
-        code for code in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if code[0] != "equal"
-    ]
-    first, last = codes[0], codes[-1]
-
-    def joined(lines: list[str]) -> str:
-        return " ".join(line.strip() for line in lines)
-
-    return first[1] + 1, joined(one[first[1] : last[2]]), joined(other[first[3] : last[4]])
 
 
 def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -35,7 +35,9 @@ STRATA = (
         _below("layer", "reference operands"),
         ("reference", "linear", "ops"),
     ),
-    Stratum("ops", _below("layer", "ops backend cpu_extension cpu"), ("linear", "cpu_products", "ops")),
+    Stratum(
+        "ops", _below("layer", "ops backend cpu_extension cpu"), ("linear", "cpu_extension", "ops", "cpu_products")
+    ),
     Stratum(
         "linear",
         _below("layer", "linear replaced_weight") + _below("model", "conversion"),

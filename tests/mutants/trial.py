@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sampling import Mutant
+from .mutant import Mutant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTICED, LEFT, TIMED_OUT = "noticed", "left", "timed out"
