@@ -10,6 +10,7 @@ from torch import nn
 from ditq_kernels.layer.formats import SCHEMES, Scheme
 from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.model.conversion import quantize, quantized_layers
+from ditq_kernels.model.plan_table import _span
 from ditq_kernels.model.planning import Plan, plan
 from ditq_kernels.model.recipes import RECIPES, recipe_for
 
@@ -234,3 +235,18 @@ def test_the_summary_counts_all_parameters():
     assert Plan.from_dict(old).other_parameters == 0
     quantize(model, chosen, progress=False)
     assert plan(model, "w8a8").other_parameters == others  # what is stored in low bits is neither
+
+
+def test_plans_are_equal_if_all_they_say_is():
+    chosen, other = (plan(tiny_dit(), "w4a8_g32") for _ in range(2))
+    assert chosen == other and chosen != plan(tiny_dit(), "w8a8") and chosen != 5
+    other.set("transformer_blocks.0.ff.net.2", None, "kept")
+    assert chosen != other
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [([4], "4"), ([0, 1, 2, 3, 5], "{0-3,5}"), ([0, 1, 3, 4, 5, 9], "{0-1,3-5,9}"), ([2, 4], "{2,4}")],
+)
+def test_numbers_are_written_as_ranges(numbers, said):
+    assert _span(numbers) == said

@@ -205,3 +205,25 @@ def test_stored_parts_take_no_gradient_and_no_other_type():
     kind = type(model[0].qweight)
     assert type(copy.deepcopy(model).to("meta")[0].qweight) is type(copy.deepcopy(model[0].qweight)) is kind
     assert isinstance(model[0].weight, WeightView)
+
+
+@pytest.mark.parametrize("far", ["nowhere", "in one place", "a little everywhere"])
+def test_a_weight_comes_back_only_if_it_is_near_in_every_way(far):
+    """Twice what is allowed in one weight of a channel shows little in its mean square, and the other way round."""
+    layer = QuantLinear.from_linear(linear(8, 256, CPU), "w8a16")
+    before, first = copy.deepcopy(layer), layer.dequantized_weight()
+    with pytest.warns(RequantizationWarning):
+        layer.requantize(first + torch.randn(8, 256, generator=torch.Generator().manual_seed(0)))
+    allowed = layer._replaced[-1]
+    off = torch.zeros(8, 256)
+    if far == "in one place":
+        off[3, 5] = 2 * allowed.off_largest[3]
+        assert off[3].square().mean().sqrt() < allowed.off_rms[3]
+    elif far == "a little everywhere":
+        off[3] = 1.2 * allowed.off_rms[3]
+        assert off[3].max() < allowed.off_largest[3]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        layer.requantize(first + off)
+    back = torch.equal(layer.qweight, before.qweight) and torch.equal(layer.scale, before.scale)
+    assert back == (far == "nowhere") and bool(said) == (far != "nowhere")

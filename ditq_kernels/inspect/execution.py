@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import multiprocessing
 import os
@@ -157,6 +158,7 @@ class Request:
     parts: int
 
 
+@functools.cache  # what is garbage by a second time would stay for ever
 def prepare_process() -> None:
     """Settings of a process that executes and does nothing else."""
     torch.set_num_threads(1)
