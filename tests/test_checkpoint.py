@@ -278,6 +278,9 @@ def test_tensors_that_do_not_fit(saved_tiny):
     case(r"lacks head\.weight$", lambda tensors: tensors.pop("head.weight"))
     case(r"lacks blocks\.0\.up\.group_code$", lambda tensors: tensors.pop("blocks.0.up.group_code"))
     case("holds extra, which the model does not have", lambda tensors: tensors.update(extra=torch.ones(1)))
+    case(r"lacks head\.bias and 1 more$", lambda tensors: (tensors.pop("head.weight"), tensors.pop("head.bias")))
+    more = dict(extra=torch.ones(1), extras=torch.ones(1), others=torch.ones(1))
+    case("holds extra and 2 more, which the model does not have", lambda tensors: tensors.update(more))
     case(
         r"head\.bias is \[5\] in the checkpoint and \[4\]", lambda tensors: tensors.update({"head.bias": torch.ones(5)})
     )

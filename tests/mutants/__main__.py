@@ -1,6 +1,7 @@
 """``python -m mutants``: draws, tests and counts; what has been tested already is not tested again."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import queue
@@ -54,6 +55,7 @@ def run(
     for entry in todo:
         left.put(entry)
     lock, limits, failures = threading.Lock(), {}, []
+    lock_of = collections.defaultdict(threading.Lock)
     record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory, tqdm(total=len(todo), unit="mutant") as bar:
 
@@ -61,12 +63,13 @@ def run(
             copy = trial.make_copy(Path(directory) / f"copy{number}")
             while not left.empty() and not failures:
                 mutant, tests = left.get()
-                if tests not in limits:
-                    whole = trial.run_tests(copy, tests, 3600.0)
-                    if whole.verdict != trial.LEFT:
-                        failures.append(f"without a mutant, {whole.by} fails")
-                        return
-                    limits[tests] = max(SLOWER * whole.seconds, AT_LEAST)
+                with lock_of[tests]:  # the tests run without a mutant once, first
+                    if tests not in limits:
+                        whole = trial.run_tests(copy, tests, 3600.0)
+                        if whole.verdict != trial.LEFT:
+                            failures.append(f"without a mutant, {whole.by} fails")
+                            return
+                        limits[tests] = max(SLOWER * whole.seconds, AT_LEAST)
                 outcome = trial.try_mutant(copy, mutant, tests, limits[tests])
                 with lock:
                     values = dataclasses.asdict(mutant) | dataclasses.asdict(outcome)

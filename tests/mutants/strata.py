@@ -46,7 +46,7 @@ STRATA = (
     Stratum(
         "calibration",
         _below("model", "calibration chosen_steps observation steps saturation"),
-        ("calibration", "sampling", "saturation", "planning", "cli_pipelines"),
+        ("calibration", "sampling", "saturation", "planning"),
     ),
     Stratum(
         "planning",
@@ -64,7 +64,7 @@ STRATA = (
         "metrics",
         _below("evaluation", "metrics samples report variants layers")
         + _below("analysis", "sensitivity statistics weights"),
-        ("evaluation_metrics", "evaluation_samples", "analysis", "evaluation", "demo"),
+        ("evaluation_metrics", "evaluation_samples", "analysis", "evaluation"),
     ),
     Stratum(
         "kernels",
