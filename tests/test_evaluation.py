@@ -100,7 +100,7 @@ def test_a_judge_that_says_the_same_of_every_picture(evaluation):
     certainty = torch.cat([_certainty(batch) for batch in evaluation.pictures(ORIGINAL)]).double()
     marginal = certainty.mean(0)
     expected = math.exp(float((certainty * (certainty / marginal).log()).sum(1).mean()))
-    assert row.score == pytest.approx(expected, rel=1e-4) and expected > 1.0001
+    assert row.score - 1 == pytest.approx(expected - 1, rel=1e-2) and expected > 1.0001
 
 
 def _certainty(pictures):
