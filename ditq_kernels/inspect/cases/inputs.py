@@ -6,10 +6,9 @@ import functools
 
 import torch
 
-from ...layer.formats import CODE4_MAX, WeightFormat, largest_multiplier
+from ...layer.formats import WeightFormat
 from ...layer.linear import QuantLinear
 from ...layer.packed_weight import PackedWeight
-from ...layer.packing import pack_groups
 
 PADDING = 16  # activations are slices of rows that are this much wider
 
@@ -47,17 +46,3 @@ def with_powers_of_two(weight: PackedWeight) -> PackedWeight:
     """Its scales replaced by powers of two, so that scaled integers are exact in 16 bits."""
     powers = torch.randint(-3, 4, weight.scale.shape, generator=generator(2))
     return weight._replace(scale=torch.exp2(powers.float()))
-
-
-def with_every_group(weight: PackedWeight, first_output: int) -> PackedWeight:
-    """Its codes drawn anew, and its groups' multipliers and zero points, from ``first_output`` on, all that a group may
-    have in turn, as far as there are groups.
-    """
-    if not weight.fmt.two_level:
-        return weight
-    pairs = [(m, z) for z in range(CODE4_MAX + 1) for m in range(1, largest_multiplier(z) + 1)]
-    groups, outputs = weight.group_code.shape
-    order = torch.arange(groups * outputs).view(outputs, groups).T - first_output * groups
-    multiplier, zero_point = (part.to(torch.uint8) for part in torch.tensor(pairs)[order % len(pairs)].unbind(-1))
-    codes = torch.randint(0, 256, weight.qweight.shape, generator=generator(3), dtype=torch.uint8)
-    return weight._replace(qweight=codes, group_code=pack_groups(multiplier, zero_point))
