@@ -8,7 +8,7 @@ from ditq_kernels import SCHEMES, QuantLinear, kernels
 from ditq_kernels.kernels import activation, config, dispatch
 from ditq_kernels.layer import reference
 from ditq_kernels.layer.error_budget import PLAIN
-from ditq_kernels.layer.formats import CODE4_MAX, WEIGHT_FORMATS, largest_multiplier
+from ditq_kernels.layer.formats import WEIGHT_FORMATS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -156,28 +156,6 @@ def test_the_same_input_gives_the_same_bits(name, device):
     x = activations(33, 384, torch.bfloat16, device)
     first, second = (kernels.linear_a16(x, weight, layer.bias) for _ in range(2))
     assert torch.equal(first, second)
-
-
-def test_the_arithmetic_of_the_assembly_decoder():
-    """Four codes in one word, decoded by one multiply-add and one XOR, for every code, zero point and multiplier that a
-    format may hold.
-    """
-    for zero_point in range(CODE4_MAX + 1):
-        for multiplier in range(1, largest_multiplier(zero_point) + 1):
-            for code in range(CODE4_MAX + 1):
-                neighbours = (
-                    CODE4_MAX,
-                    code,
-                    0,
-                    code,
-                )  # both extremes beside the code, where a carry or a borrow would show
-                word = sum(value << (8 * place) for place, value in enumerate(neighbours))
-                word = word * multiplier + (128 - zero_point * multiplier) * 0x01010101
-                assert word < 2**32
-                word ^= 0x80808080
-                for place, value in enumerate(neighbours):
-                    byte = (word >> (8 * place)) & 0xFF
-                    assert byte - 256 * (byte > 127) == multiplier * (value - zero_point)
 
 
 @pytest.mark.gpu

@@ -6,11 +6,15 @@ import functools
 
 import torch
 
-from ...layer.formats import WeightFormat
+from ...layer.formats import CODE4_MAX, WeightFormat, largest_multiplier
 from ...layer.linear import QuantLinear
 from ...layer.packed_weight import PackedWeight
+from ...layer.packing import pack_groups
 
 PADDING = 16  # activations are slices of rows that are this much wider
+# (multiplier, zero point) of a group of two levels, and how many there are.
+_PAIRS = [(m, z) for z in range(CODE4_MAX + 1) for m in range(1, largest_multiplier(z) + 1)]
+PAIRS = len(_PAIRS)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -46,3 +50,15 @@ def with_powers_of_two(weight: PackedWeight) -> PackedWeight:
     """Its scales replaced by powers of two, so that scaled integers are exact in 16 bits."""
     powers = torch.randint(-3, 4, weight.scale.shape, generator=generator(2))
     return weight._replace(scale=torch.exp2(powers.float()))
+
+
+def with_every_pair(weight: PackedWeight, first_output: int) -> PackedWeight:
+    """Its codes drawn anew; its groups, from those of ``first_output`` on, with all :data:`PAIRS` in turn."""
+    if not weight.fmt.two_level:
+        return weight
+    groups, outputs = weight.group_code.shape
+    turn = (torch.arange(groups * outputs).view(outputs, groups).T - first_output * groups) % PAIRS
+    multiplier, zero_point = torch.tensor(_PAIRS)[turn].unbind(-1)
+    codes = torch.randint(0, 256, weight.qweight.shape, generator=generator(3), dtype=torch.uint8)
+    # In memory as a layer has it: below the ops nobody looks.
+    return weight._replace(qweight=codes, group_code=pack_groups(multiplier, zero_point).contiguous())

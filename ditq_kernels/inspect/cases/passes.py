@@ -12,7 +12,7 @@ from ...kernels.config import GRADIENT_TILE, arithmetic
 from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from .case import SHORT, Case, Mismatch, case_of, equal, within_budget
-from .inputs import activations, generator, stored
+from .inputs import PAIRS, activations, generator, stored, with_every_pair
 from .products import BF16, EVEN_INPUTS, FP16, FP32, RAGGED_INPUTS, may_be_quick
 
 EPS = 1e-6
@@ -73,9 +73,10 @@ def norm(shape: tuple[int, int, int], dtype: torch.dtype, static: bool, modulate
 
 
 def expand(fmt: WeightFormat, in_features: int, dtype: torch.dtype):
-    """A stretch of the decoded weight, exactly."""
-    weight, _ = stored(fmt, 150, in_features)
-    scratch = torch.empty(22, in_features, dtype=dtype)
+    """A stretch of the decoded weight, exactly: of two levels every multiplier and zero point that a group can have."""
+    outputs = PAIRS if fmt.two_level else 22
+    weight = with_every_pair(stored(fmt, 128 + outputs, in_features)[0], 128)
+    scratch = torch.empty(outputs, in_features, dtype=dtype)
     expansion.expand(weight, 128, scratch)
     decoded = reference.decode(weight) if dtype == torch.int8 else reference.dequantize(weight).to(dtype)
     return equal(scratch, decoded[128:], "weight")
