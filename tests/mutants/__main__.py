@@ -61,8 +61,11 @@ def run(
 
         def work(number: int) -> None:
             copy = trial.make_copy(Path(directory) / f"copy{number}")
-            while not left.empty() and not failures:
-                mutant, tests = left.get()
+            while not failures:
+                try:
+                    mutant, tests = left.get_nowait()
+                except queue.Empty:
+                    return
                 with lock_of[tests]:  # the tests run without a mutant once, first
                     if tests not in limits:
                         whole = trial.run_tests(copy, tests, 3600.0)

@@ -27,7 +27,7 @@ _SX_LAST = """\
 _IN_PLACE = "contextlib.nullcontext(directory) as unfinished"
 _FIT_UNCHECKED = "(lambda *_: None)(model, quantized, manifest, {"
 _SCALED = "scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t).to(dtype)"
-_NOT_CLIPPED = "found[name], args.rounding, progress"
+_NOT_CLIPPED = "found[name], args.rounding, clip=None, progress"
 _DEFAULT_STEP = "calibrated(model, runs, None, moments)"
 # (file, what stands there, what is planted, the tests that should notice)
 PLANTED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
