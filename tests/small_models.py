@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ditq_kernels.model.conversion import quantized_layers
+from ditq_kernels.model.observation import linear_layers
 
 
 class Block(nn.Module):
@@ -117,3 +118,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def inputs_at(model, step):
+    """What each linear layer is fed in one step, by hooks of the test's own."""
+    seen = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach().clone()))
+        for name, layer in linear_layers(model).items()
+    ]
+    with torch.no_grad():
+        model(*tiny_inputs(step))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

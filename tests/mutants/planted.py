@@ -82,8 +82,8 @@ PLANTED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     (_SENSITIVITY, "loss.picture_error**2", "loss.picture_error", ("budget", "analysis")),
     ("analysis/analyze.py", "losses[entry.name][scheme].picture_error ** 2", _NOT_SQUARED, ("analysis",)),
     # Calls of a step.
-    ("model/steps.py", "if self._calls_per_step is not None:\n            return", _NEVER_COUNTED, ("calibration",)),
-    ("model/calibration.py", "moment_names, ranges_of=first)", "moment_names, ranges_of=None)", ("calibration",)),
+    ("model/steps.py", "if self._calls_per_step is not None:\n            return", _NEVER_COUNTED, ("chosen_steps",)),
+    ("model/calibration.py", "moment_names, ranges_of=first)", "moment_names, ranges_of=None)", ("chosen_steps",)),
     ("analysis/analyze.py", "observe_run(model, draw, calls_per_step, progress)", _OBSERVED, ("analysis",)),
     ("analysis/analyze.py", "forms, amax, index, calls_per_step)", "forms, amax, index)", ("analysis",)),
     # The order of the scales.

@@ -46,7 +46,7 @@ STRATA = (
     Stratum(
         "calibration",
         _below("model", "calibration chosen_steps observation steps saturation"),
-        ("calibration", "sampling", "saturation", "planning"),
+        ("chosen_steps", "calibration", "sampling", "saturation", "planning"),
     ),
     Stratum(
         "planning",
