@@ -82,7 +82,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("wgmma",),
         ("opcodes",),
         ("program",),
-        ("async_state", "thread_barriers"),
+        ("async_state", "cluster_barriers", "thread_barriers"),
         ("machine",),
         ("driver",),
         ("cuda",),

@@ -379,8 +379,8 @@ def test_tensor_copies_arrive_at_their_mbarrier():
 @pytest.mark.parametrize(
     "statement",
     [
-        "barrier.cluster.arrive.aligned;",
-        "mapa.shared::cluster.u32 %r1, at, 0;",
+        "getctarank.shared::cluster.u32 %r1, at;",
+        "mbarrier.try_wait.parity.shared::cluster.b64 %p1, [at], 0;",
         "tcgen05.wait::ld.sync.aligned;",
         "vote.sync.ballot.b32 %r1, %p1, -1;",
         "bar.red.popc.u32 %r1, 0, %p1;",
@@ -401,7 +401,7 @@ def test_tensor_copies_arrive_at_their_mbarrier():
         "tanh.approx.f32 %r1, %r2;",
         "st.async.shared::cluster.b32 [at], t;",
         "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [at];",
-        "mbarrier.arrive.shared::cluster.b64 _, [at];",
+        "mbarrier.arrive.shared::cluster.b64 %d1, [at];",
     ],
 )
 def test_what_is_not_implemented_is_refused_before_anything_runs(statement):

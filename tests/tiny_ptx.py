@@ -49,9 +49,17 @@ def ptx(body: str, names=(), threads: int = 64) -> str:
 
 
 def run(
-    body: str, threads: int = 64, shared: int = 4096, unit=None, extra=None, counters=None, **tensors: torch.Tensor
+    body: str,
+    threads: int = 64,
+    shared: int = 4096,
+    unit=None,
+    extra=None,
+    counters=None,
+    blocks: int = 1,
+    cluster: int = 1,
+    **tensors: torch.Tensor,
 ) -> Machine:
-    """The machine after one block has executed ``body``; tensors are changed in place.
+    """The machine after ``blocks`` have executed ``body``; tensors are changed in place.
 
     Args:
         unit: how sums of matrix instructions are cut.
@@ -66,7 +74,7 @@ def run(
     regions = [Region(name, tensor) for name, tensor in tensors.items()]
     parameters = {f"{region.name}_given": np.array([region.first], np.uint64) for region in regions}
     memory = GlobalMemory(regions)
-    program, settings = translate(parse(text)), dict(matrix_unit=unit, counters=counters)
-    machine = Machine(program, parameters | extra, (1, 1, 1), threads, shared, memory, **settings)
+    program, settings = translate(parse(text)), dict(matrix_unit=unit, counters=counters, cluster=cluster)
+    machine = Machine(program, parameters | extra, (blocks, 1, 1), threads, shared, memory, **settings)
     machine.launch()
     return machine

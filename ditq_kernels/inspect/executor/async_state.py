@@ -134,8 +134,7 @@ class MatrixGroups:
         clocks = self.machine.clocks
         for group in which:
             rows = group * WARPGROUP + np.arange(WARPGROUP)
-            agent = clocks.first_warpgroup + int(rows[0]) % clocks.warps // WARPGROUP
-            clocks.learn_of(rows, agent, self.closed[group] - newest)
+            clocks.learn_of(rows, clocks.warpgroup(int(group)), self.closed[group] - newest)
 
     def check(self, instruction: Instruction, mask: np.ndarray | None) -> None:
         """Refuses what touches a register of an instruction on its way; more of these may add to the same sums."""

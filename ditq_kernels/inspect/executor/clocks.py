@@ -17,20 +17,25 @@ from .faults import WARPGROUP
 
 class Clocks:
     """Of ``ctas`` thread blocks of ``warps`` warps and at most ``mbarriers`` mbarriers each; rows are counted over all
-    blocks, columns within one.
+    blocks, columns within one cluster of ``cluster`` blocks.
+
+    Attributes:
+        published: both tables as they were at each warp's last fence: what an arrival that is relaxed tells.
     """
 
-    def __init__(self, ctas: int, warps: int, mbarriers: int) -> None:
-        self.ctas, self.warps = ctas, warps
-        self.first_mbarrier = warps
-        self.first_warpgroup = warps + mbarriers
-        self.pending = self.first_warpgroup + -(-warps // WARPGROUP)  # of copies that nobody waited for: never seen
+    def __init__(self, ctas: int, warps: int, mbarriers: int, cluster: int = 1) -> None:
+        self.ctas, self.warps, self.mbarriers, self.cluster = ctas, warps, mbarriers, cluster
+        self.first_mbarrier = cluster * warps
+        self.first_warpgroup = self.first_mbarrier + cluster * mbarriers
+        # Of copies that nobody waited for: never seen.
+        self.pending = self.first_warpgroup + -(-cluster * warps // WARPGROUP)
         self.agents = self.pending + 1
         self.seen = np.zeros((ctas * warps, self.agents), np.int32)
         self.fenced = np.zeros_like(self.seen)
         self.rows = np.arange(ctas * warps)
-        self.local = self.rows % warps
+        self.local = self.rows % (cluster * warps)
         self.seen[self.rows, self.local] = 1
+        self.published = np.zeros_like(self.seen), np.zeros_like(self.seen)
 
     def now(self, rows: np.ndarray) -> np.ndarray:
         """The steps that the warps are at."""
@@ -39,6 +44,14 @@ class Clocks:
     def advance(self, rows: np.ndarray) -> None:
         """A next step begins: what was done before can be told from what comes."""
         self.seen[rows, self.local[rows]] += 1
+
+    def mbarrier(self, block: int, number: int) -> int:
+        """The column of the copies behind a block's mbarrier."""
+        return self.first_mbarrier + block % self.cluster * self.mbarriers + number
+
+    def warpgroup(self, number: int) -> int:
+        """The column of the matrix instructions of a warpgroup, whose number counts over all blocks."""
+        return self.first_warpgroup + number * WARPGROUP % self.first_mbarrier // WARPGROUP
 
     def meet_blocks(self, ctas: np.ndarray | None = None) -> None:
         """All warps of whole blocks meet, block by block; None: of all blocks."""
@@ -51,6 +64,12 @@ class Clocks:
     def fence(self, rows: np.ndarray) -> None:
         """All that the warps know has passed a proxy fence."""
         self.fenced[rows] = np.maximum(self.fenced[rows], self.seen[rows])
+        self.advance(rows)
+
+    def publish(self, rows: np.ndarray) -> None:
+        """A fence: whom the warps meet from now on knows all that they know, even if they meet without an order."""
+        for published, table in zip(self.published, (self.seen, self.fenced), strict=True):
+            published[rows] = table[rows]
         self.advance(rows)
 
     def learn(self, rows: np.ndarray, seen: np.ndarray, fenced: np.ndarray) -> None:
@@ -71,4 +90,6 @@ class Clocks:
             return "a matrix instruction that was not waited for"
         if agent >= self.first_mbarrier:
             return "a tensor copy that was not waited for"
-        return f"warp {agent}"
+        if self.cluster == 1:
+            return f"warp {agent}"
+        return f"warp {agent % self.warps} of block {agent // self.warps} of the cluster"

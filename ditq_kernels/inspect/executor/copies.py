@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .faults import PARAMETER_BASE, UNSIGNED, Fault, Unsupported
+from .faults import PARAMETER_BASE, PEER, UNSIGNED, Fault, Unsupported
 from .global_memory import Region
 from .operands import address_of, destination, opcode, source
+from .syntax import SINK
 
 
 @dataclass
@@ -68,10 +69,14 @@ def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
 
 
 def tensor_copy(instruction, kernel):
-    """cp.async.bulk.tensor.2d from global to shared memory."""
-    if len(instruction.operands) != 3:
-        raise Unsupported(instruction.text)  # to several blocks of a cluster, or with a cache hint
-    into, tensor, signal = instruction.operands
+    """cp.async.bulk.tensor.2d from global to shared memory, of the own block or of several of its cluster. How long
+    caches keep what was read changes no value.
+    """
+    into, tensor, signal, *rest = instruction.operands
+    multicast = "multicast::cluster" in instruction.parts
+    if len(rest) != multicast + ("L2::cache_hint" in instruction.parts):
+        raise Unsupported(instruction.text)
+    to_ranks = source(rest[0], "u16", kernel) if multicast else None
     into, signal = address_of(into, "u32", kernel), address_of(signal, "u32", kernel)
     handle = source(tensor.base, "u64", kernel)
     column, row = (source(o, "s32", kernel) for o in tensor.coordinates[0].parts)
@@ -79,9 +84,17 @@ def tensor_copy(instruction, kernel):
     def run(m, mask):
         for lane in m.chosen(mask):
             at = [int(m.spread(read(m))[lane]) for read in (into, signal, handle, column, row)]
-            _copy_box(m, int(lane), *at)
+            ranks = _ranks(int(m.spread(to_ranks(m))[lane]), m.cluster) if multicast else None
+            _copy_box(m, int(lane), *at, ranks)
 
     return run
+
+
+def _ranks(mask, cluster):
+    """The blocks of the cluster that a multicast names."""
+    if not mask or mask >> cluster:
+        raise Fault(f"a multicast to the blocks {mask:#x} of a cluster of {cluster}")
+    return [rank for rank in range(cluster) if mask >> rank & 1]
 
 
 def _box(tensor, row, column):
@@ -96,7 +109,10 @@ def _box(tensor, row, column):
     return box, max(0, bottom - top) * max(0, right - left) * box.itemsize
 
 
-def _copy_box(m, lane, into, signal, handle, column, row):
+def _copy_box(m, lane, into, signal, handle, column, row, ranks):
+    """``ranks``: the blocks of the cluster that it goes to, the same place in each; None: only the lane's own."""
+    if max(into, signal) >= PEER:
+        raise Unsupported("a tensor copy to an address of another block")
     number = (handle - PARAMETER_BASE) // 256
     parameters = m.program.kernel.parameters
     tensor = m.parameters[parameters[number].name] if 0 <= number < len(parameters) else None
@@ -107,18 +123,21 @@ def _copy_box(m, lane, into, signal, handle, column, row):
     if into % 128 or (tensor.swizzle and line > 16 << tensor.swizzle):
         raise Fault(f"a tensor copy to {into:#x} of rows of {line} bytes")
     addresses = swizzled(into + np.arange(0, box.shape[0] * line, 16), tensor.swizzle)
-    block = lane // m.threads
-    barrier = m.mbarriers.at(block, signal)
-    m.shared.touch(np.full(1, signal), 8, np.full(1, lane), "signals")
     values = box.reshape(-1).view(UNSIGNED[16])
     if m.counters:
         m.counters.fetched[tensor.region.name] += inside
-        m.counters.engines += box.nbytes
-    m.shared.copy_by_engine(addresses, values, lane, barrier.agent, barrier.next_step)
-    # It may be done at once: nobody can tell, since what it wrote is known to those only who have waited for it.
-    barrier.bytes_due -= box.nbytes
-    if barrier.settle():
-        m.phase_completed()
+    own = lane // m.threads
+    for block in [own] if ranks is None else [own // m.cluster * m.cluster + rank for rank in ranks]:
+        barrier = m.mbarriers.at(block, signal)
+        further = (block % m.cluster + 1) * PEER  # the same place in that block
+        m.shared.signal_by_engine(signal + further, lane, barrier.agent, barrier.next_step)
+        if m.counters:
+            m.counters.engines += box.nbytes
+        m.shared.copy_by_engine(addresses + further, values, lane, barrier.agent, barrier.next_step)
+        # It may be done at once: nobody can tell, since what it wrote is known to those only who have waited for it.
+        barrier.bytes_due -= box.nbytes
+        if barrier.settle():
+            m.phase_completed()
 
 
 @opcode("mbarrier")
@@ -127,7 +146,7 @@ def mbarrier(instruction, kernel):
     parts, operands = instruction.parts, instruction.operands
     action = parts[1]
     if action == "init":
-        return _initialise(address_of(operands[0], "u32", kernel), operands[1].bits)
+        return _initialise(address_of(operands[0], "u32", kernel), source(operands[1], "u32", kernel))
     if action == "inval":
         return _invalidate(address_of(operands[0], "u32", kernel))
     return (_arrive if action == "arrive" else _wait)(instruction, kernel)
@@ -135,11 +154,11 @@ def mbarrier(instruction, kernel):
 
 def _initialise(where, count):
     def run(m, mask):
-        at = m.spread(where(m))
+        at, expected = m.spread(where(m)), m.spread(count(m))
         for lane in m.chosen(mask):
             lanes = np.full(1, lane)
             m.shared.store(at[lanes], 8, np.zeros(1, np.uint64), lanes)
-            m.mbarriers.initialise(int(lane) // m.threads, int(at[lane]), count)
+            m.mbarriers.initialise(int(lane) // m.threads, int(at[lane]), int(expected[lane]))
 
     return run
 
@@ -158,18 +177,21 @@ def _invalidate(where):
 def _arrive(instruction, kernel):
     where = address_of(instruction.operands[1], "u32", kernel)
     rest = [source(operand, "u32", kernel) for operand in instruction.operands[2:]]
-    expects = "expect_tx" in instruction.parts
+    expects, peers = "expect_tx" in instruction.parts, "shared::cluster" in instruction.parts
+    if peers and instruction.operands[0] != SINK:
+        raise Unsupported(instruction.text)  # there is no state of another block's mbarrier
 
     def run(m, mask):
         at = m.spread(where(m))
         lanes = m.chosen(mask)
         if not lanes.size:
             return
-        m.shared.touch(at[lanes], 8, lanes, "arrives at")
+        m.shared.touch(at[lanes], 8, lanes, "arrives at", peers)
         numbers = m.spread(rest[0](m))[lanes].tolist() if rest else [1] * len(lanes)
-        for lane, number in zip(lanes, numbers, strict=True):
+        blocks, own = m.shared.place(at[lanes], lanes)
+        for lane, block, address, number in zip(lanes, blocks.tolist(), own.tolist(), numbers, strict=True):
             count, due = (1, number) if expects else (number, 0)
-            if m.mbarriers.arrive(int(lane) // m.threads, int(at[lane]), int(m.row_of_lane[lane]), count, due):
+            if m.mbarriers.arrive(block, address, int(m.row_of_lane[lane]), count, due):
                 m.phase_completed()
 
     return run

@@ -119,6 +119,7 @@ def run(
     values: list,
     shared: int = 0,
     threads: int | None = None,
+    cluster: int = 1,
 ) -> None:
     """Launches the one kernel of the PTX ``text``, or takes the results of an equal launch from the session's memory.
 
@@ -128,6 +129,7 @@ def run(
             behind the last value are pointers to scratch memory, of which there is none.
         shared: bytes of shared memory of a block, beyond the arrays that the kernel declares.
         threads: of a block, for a kernel that does not say it itself.
+        cluster: thread blocks of a cluster, neighbours along x, likewise.
     """
     text = session.change(text) if session.change else text
     program = program_of(text)
@@ -137,9 +139,13 @@ def run(
         if isinstance(value, np.ndarray) and value.nbytes != parameter.size:
             raise TypeError(f"{parameter} is given {value.nbytes} bytes")
     threads = kernel.threads or threads
+    if kernel.cluster and cluster not in (1, kernel.cluster):
+        raise Fault(f"clusters of {cluster} thread blocks of a kernel for clusters of {kernel.cluster}")
+    cluster = kernel.cluster or cluster
     if max(grid[1:]) > MOST_BLOCKS_ASIDE:
         raise Fault(f"a grid of {grid} thread blocks: along y and z there are {MOST_BLOCKS_ASIDE} at most")
-    key = _key(session, text, grid, threads, shared, regions, values) if session.memory is not None else None
+    launched = session, text, grid, threads, shared, regions, values, cluster
+    key = _key(*launched) if session.memory is not None else None
     if key is not None and key in session.memory:
         launch, results = session.memory[key]
         for region in regions:
@@ -159,6 +165,7 @@ def run(
         session.lanes,
         session.copies_need_fence,
         counters := Counters() if session.counts else None,
+        cluster,
     )
     started = time.perf_counter()
     machine.launch(session.most_blocks)
@@ -182,11 +189,11 @@ def run(
         session.memory[key] = launch, {region.name: region.saved() for region in regions if region.written is not None}
 
 
-def _key(session, text, grid, threads, shared, regions, values):
+def _key(session, text, grid, threads, shared, regions, values, cluster=1):
     """Of the instructions, whatever architecture they are for, and all that they are given."""
     digest = hashlib.sha256(_TARGET.sub("", text).encode())
     settings = session.wobble, session.truncates, session.copies_need_fence, tensor_core.unit_of(session.arch)
-    digest.update(repr((grid, threads, shared, settings)).encode())
+    digest.update(repr((grid, threads, shared, cluster, settings)).encode())
     for region in regions:
         shape = tuple(region.tensor.shape), region.tensor.stride(), region.tensor.element_size()
         digest.update(repr((region.name, shape, region.first % 16)).encode())

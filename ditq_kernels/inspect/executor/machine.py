@@ -14,8 +14,9 @@ import numpy as np
 
 from .async_state import CopyGroups, MatrixGroups
 from .clocks import Clocks
+from .cluster_barriers import ClusterBarriers
 from .counters import Counters, at_once
-from .faults import LOCAL_BASE, POISON, SHARED_BASE, UNSIGNED, WARP, Fault
+from .faults import LOCAL_BASE, MOST_PEERS, PEER, POISON, SHARED_BASE, UNSIGNED, WARP, Fault
 from .global_memory import GlobalMemory
 from .mbarriers import MOST_MBARRIERS, Barriers
 from .program import Program
@@ -40,6 +41,10 @@ class Machine:
         lanes: threads that run at once, as long as a block has no more.
         copies_need_fence: see :class:`.driver.Session`.
         counters: what counts; None counts nothing.
+        cluster: thread blocks of a cluster, neighbours along x.
+
+    Raises:
+        Fault: for a grid that is not made of such clusters.
     """
 
     def __init__(
@@ -55,26 +60,31 @@ class Machine:
         lanes: int = 4096,
         copies_need_fence: bool = True,
         counters: Counters | None = None,
+        cluster: int = 1,
     ) -> None:
+        if grid[0] % cluster:
+            raise Fault(f"a grid of {grid} thread blocks is not made of clusters of {cluster}")
+        self.cluster = cluster
         self.program, self.parameters, self.grid, self.threads = program, parameters, grid, threads
         self.shared_bytes = program.kernel.static_shared + shared_bytes
         self.memory, self.wobble, self.matrix_unit = memory, wobble, matrix_unit
         # Persistent blocks part from each other, and mbarriers are counted block by block.
-        self.ctas_at_once = 1 if program.has_mbarriers else max(1, lanes // threads)
+        self.ctas_at_once = cluster if program.has_mbarriers else max(1, lanes // threads // cluster) * cluster
         self.executed: collections.Counter[str] = collections.Counter()
         self.copies_need_fence, self.counters = copies_need_fence, counters
         self.disagreements = self.unfenced_copies = 0
         self.steps = 0
 
     def launch(self, most_blocks: int | None = None) -> None:
-        """Runs all blocks, or so many of them, spread evenly over the grid. Raises Fault for what must not happen,
-        Unsupported for what is not implemented.
+        """Runs all blocks, or so many of them, spread evenly over the grid, in whole clusters. Raises Fault for what
+        must not happen, Unsupported for what is not implemented.
         """
         x, y, z = self.grid
-        all_ctas = np.arange(x * y * z)
-        if most_blocks is not None and most_blocks < len(all_ctas):
-            all_ctas = (np.arange(most_blocks) + 0.5) * len(all_ctas) // most_blocks
-            all_ctas = all_ctas.astype(np.int64)
+        clusters = np.arange(x * y * z // self.cluster)
+        most = None if most_blocks is None else -(-most_blocks // self.cluster)
+        if most is not None and most < len(clusters):
+            clusters = ((np.arange(most) + 0.5) * len(clusters) // most).astype(np.int64)
+        all_ctas = (clusters[:, None] * self.cluster + np.arange(self.cluster)).ravel()
         if self.counters:
             self.counters.blocks += len(all_ctas)
             self.counters.tensors = {region.name: region.filled for region in self.memory.regions}
@@ -98,7 +108,8 @@ class Machine:
             np.full(1, POISON & (256**width - 1), UNSIGNED[width]) if width else np.zeros(1, np.bool_)
             for width in kernel.widths
         ]
-        self.clocks = Clocks(len(ctas), threads // WARP, MOST_MBARRIERS if self.program.has_mbarriers else 0)
+        mbarriers = MOST_MBARRIERS if self.program.has_mbarriers else 0
+        self.clocks = Clocks(len(ctas), threads // WARP, mbarriers, self.cluster)
         self.shared = SharedMemory(
             len(ctas), self.shared_bytes, threads, self.program.grain, self.clocks, self.copies_need_fence
         )
@@ -107,6 +118,7 @@ class Machine:
         self.matrices = MatrixGroups(self)
         self.mbarriers = Barriers(self.clocks)
         self.thread_barriers = ThreadBarriers(self)
+        self.cluster_barriers = ClusterBarriers(self)
         self.stalled = np.zeros(self.lanes, np.bool_)  # lanes that found an mbarrier's phase incomplete
         self.idle_waits = 0
 
@@ -118,9 +130,20 @@ class Machine:
         special["%warpid"] = special["%tid.x"] // np.uint32(WARP)
         places = {"x": ctas % x, "y": ctas // x % y, "z": ctas // (x * y)}
         for axis, extent in zip("xyz", self.grid, strict=True):
-            place = places[axis].astype(np.uint32)
-            special[f"%ctaid.{axis}"] = place if len(ctas) == 1 else np.repeat(place, threads)
+            cluster = self.cluster if axis == "x" else 1
+            for name, place in (
+                (f"%ctaid.{axis}", places[axis]),
+                (f"%clusterid.{axis}", places[axis] // cluster),
+                (f"%cluster_ctaid.{axis}", places[axis] % cluster),
+            ):
+                place = place.astype(np.uint32)
+                special[name] = place if len(ctas) == 1 else np.repeat(place, threads)
             special[f"%nctaid.{axis}"] = np.full(1, extent, np.uint32)
+            special[f"%nclusterid.{axis}"] = np.full(1, extent // cluster, np.uint32)
+            special[f"%cluster_nctaid.{axis}"] = np.full(1, cluster, np.uint32)
+        special["%cluster_ctarank"] = special["%cluster_ctaid.x"]
+        special["%cluster_nctarank"] = special["%cluster_nctaid.x"]
+        special["%is_explicit_cluster"] = np.full(1, self.cluster > 1)
         for name, value in (("%ntid.x", threads), ("%ntid.y", 1), ("%ntid.z", 1), ("%tid.y", 0), ("%tid.z", 0)):
             special[name] = np.full(1, value, np.uint32)
         return special
@@ -153,6 +176,7 @@ class Machine:
             places = np.where(mask, there, places)
         self.copies.finish()
         self.matrices.finish()
+        self.shared.end_blocks()
         if self.counters:
             self.counters.end_blocks()
 
@@ -164,9 +188,12 @@ class Machine:
         free = alive & ~self.thread_barriers.held
         if not (free & ~self.stalled).any():
             self.alive = alive
-            if free.any():
-                raise Fault("threads wait for mbarriers, and nobody is left to arrive")
-            if not self.thread_barriers.release_for_the_living(alive):
+            opened = self.thread_barriers.release_for_the_living(alive)
+            if not (self.cluster_barriers.release_for_the_living() or opened):
+                if free.any():
+                    raise Fault("threads wait for mbarriers, and nobody is left to arrive")
+                if self.cluster_barriers.waiting.any():
+                    raise Fault("the barrier of a cluster is reached by some of its threads only")
                 raise Fault("a barrier is reached by some threads of a block only")
             free = alive & ~self.thread_barriers.held
         free &= ~self.stalled
@@ -243,8 +270,11 @@ class Machine:
         """Refuses a mask that parts a warp."""
         if mask is not None:
             by_warp = self.spread(mask).reshape(-1, WARP)
-            if (by_warp.any(1) != by_warp.all(1)).any():
-                raise Fault("a warp's instruction is reached by some of its lanes only")
+            parted = by_warp.any(1) != by_warp.all(1)
+            if parted.any():
+                waits = self.stalled.reshape(-1, WARP)[parted].any()
+                others = ": others wait for an mbarrier, and nobody is left to arrive" if waits else ""
+                raise Fault(f"a warp's instruction is reached by some of its lanes only{others}")
 
     def count_global(self, kind: str, addresses: np.ndarray, width: int, lanes: np.ndarray) -> None:
         """Accesses of ``width`` bytes at ``addresses`` of global memory by ``lanes``."""
@@ -272,7 +302,7 @@ class Machine:
     def waited(self, lanes: np.ndarray, done: np.ndarray) -> None:
         """``lanes`` asked for a phase; those that are not ``done``, nor may ask again, wait until one completes."""
         self.idle_waits = 0 if done.any() else self.idle_waits + 1
-        if self.idle_waits > MOST_IDLE_WAITS:
+        if self.idle_waits > MOST_IDLE_WAITS * self.ctas:
             raise Fault("waits for ever")
         self.stalled[lanes] = ~done
 
@@ -290,7 +320,9 @@ class Machine:
     def space_of(self, addresses: np.ndarray) -> str:
         """The state space of generic addresses, which must agree."""
         first = int(addresses.min())
-        return "shared" if SHARED_BASE <= first < LOCAL_BASE else "local" if first < LOCAL_BASE << 1 else "global"
+        if SHARED_BASE <= first < LOCAL_BASE or PEER <= first < (MOST_PEERS + 2) * PEER:
+            return "shared"
+        return "local" if first < LOCAL_BASE << 1 else "global"
 
 
 def _alike(go):

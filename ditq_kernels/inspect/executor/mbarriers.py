@@ -61,7 +61,7 @@ class Barriers:
         number = sum(other == block for other, _ in self.places)
         if key not in self.places and number >= MOST_MBARRIERS:
             raise Unsupported(f"more than {MOST_MBARRIERS} mbarriers")
-        agent, before = self.places.setdefault(key, (self.clocks.first_mbarrier + number, 0))
+        agent, before = self.places.setdefault(key, (self.clocks.mbarrier(block, number), 0))
         nothing = tuple(np.zeros(self.clocks.agents, np.int32) for _ in range(2))
         self.known[key] = Barrier(agent, count, count, nothing, nothing, before)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faults import UNSIGNED, WARP
+from .faults import MOST_PEERS, PEER, UNSIGNED, WARP
 from .operands import DTYPE, access, address_of, destination, opcode, source, vector_of
 from .syntax import WIDTH, Symbol
 
@@ -31,26 +31,31 @@ def _space(instruction):
     return None
 
 
-def _read(m, space, at, width, lanes):
+def _reaches_peers(instruction):
+    """Whether its addresses may be of another block of the cluster."""
+    return "shared::cluster" in instruction.parts or _space(instruction) is None
+
+
+def _read(m, space, at, width, lanes, peers):
     if space == "global":
         m.count_global("load", at, width, lanes)
         return m.memory.load(at, width)
     if space == "shared":
         m.count_shared("load", at, width, lanes)
-        return m.shared.load(at, width, lanes)
+        return m.shared.load(at, width, lanes, peers)
     offsets = m.local_index(at, width)
     return np.ascontiguousarray(m.local[lanes[:, None], offsets[:, None] + np.arange(width)]).view(UNSIGNED[width])[
         :, 0
     ]
 
 
-def _write(m, space, at, width, values, lanes):
+def _write(m, space, at, width, values, lanes, peers):
     if space == "global":
         m.count_global("store", at, width, lanes)
         m.memory.store(at, width, values)
     elif space == "shared":
         m.count_shared("store", at, width, lanes)
-        m.shared.store(at, width, values, lanes)
+        m.shared.store(at, width, values, lanes, peers)
     else:
         offsets = m.local_index(at, width)
         m.local[lanes[:, None], offsets[:, None] + np.arange(width)] = values.view(np.uint8).reshape(-1, width)
@@ -75,7 +80,7 @@ def load(instruction, kernel):
             unravel(m, m.parameters[name].view(np.uint8)[offset : offset + width], mask, None, count, kind, keeps)
 
         return from_parameter
-    addresses = _addresses(where, space, kernel)
+    addresses, peers = _addresses(where, space, kernel), _reaches_peers(instruction)
 
     def run(m, mask):
         at = addresses(m)
@@ -89,7 +94,7 @@ def load(instruction, kernel):
         lanes = m.chosen(mask)
         if lanes.size:
             at = m.spread(at)[lanes]
-            found = _read(m, space or m.space_of(at), at, width, lanes)
+            found = _read(m, space or m.space_of(at), at, width, lanes, peers)
             unravel(m, found, mask, None if mask is None else lanes, count, kind, keeps)
 
     return run
@@ -102,13 +107,36 @@ def store(instruction, kernel):
     where, what = instruction.operands[:2]
     reads = [source(o, kind, kernel) for o in vector_of(what)]
     width = WIDTH[kind] * count
-    addresses = _addresses(where, space, kernel)
+    addresses, peers = _addresses(where, space, kernel), _reaches_peers(instruction)
 
     def run(m, mask):
         lanes = m.chosen(mask)
         if lanes.size:
             values = np.stack([m.spread(read(m))[lanes] for read in reads], 1).reshape(-1).view(UNSIGNED[width])
             at = m.spread(addresses(m))[lanes]
-            _write(m, space or m.space_of(at), at, width, values, lanes)
+            _write(m, space or m.space_of(at), at, width, values, lanes, peers)
 
     return run
+
+
+@opcode("mapa")
+def address_in_peer(instruction, kernel):
+    """The address of the same place in another block of the cluster."""
+    into, of, rank = instruction.operands
+    kind = instruction.parts[-1]
+    keep, read, rank = destination(into, kernel), source(of, kind, kernel), source(rank, "u32", kernel)
+
+    def run(m, mask):
+        # Of a block that there is not, it is an address that nobody can use: compilers ask early, and for lanes that
+        # do without.
+        ranks = np.minimum(rank(m), MOST_PEERS).astype(DTYPE[kind])
+        keep(m, read(m) % PEER + (ranks + 1) * PEER, mask)
+
+    return run
+
+
+@opcode("createpolicy")
+def cache_policy(instruction, kernel):
+    """How long caches are to keep something changes no value."""
+    keep = destination(instruction.operands[0], kernel)
+    return lambda m, mask: keep(m, np.zeros(1, np.uint64), mask)

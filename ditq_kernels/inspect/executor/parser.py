@@ -204,6 +204,9 @@ def parse(text: str) -> Kernel:
         raise PtxError("several entries" if more else "no entry")
     name, parameters, attributes = found.groups()
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
+    cluster = re.search(r"\.reqnctapercluster\s+(\d+)((?:\s*,\s*\d+)*)", attributes)
+    if cluster and set(re.findall(r"\d+", cluster.group(2))) - {"1"}:
+        raise PtxError(f"a cluster along y or z: {cluster.group()}")
     scopes, code, labels = _Scopes(), [], {}
     body = _body(text, found.end())
     for kind, statement in _statements(body):
@@ -234,6 +237,7 @@ def parse(text: str) -> Kernel:
         static_shared,
         local,
         local_bytes,
+        int(cluster.group(1)) if cluster else None,
     )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import numpy as np
 
 from .clocks import Clocks
-from .faults import SHARED_BASE, SHARED_POISON, UNSIGNED, WARP, WARPGROUP, Fault
+from .faults import PEER, SHARED_BASE, SHARED_POISON, UNSIGNED, WARP, WARPGROUP, Fault
 
 NOBODY = -1
 
 
 class SharedMemory:
-    """Of several thread blocks, one behind the other.
+    """Of several thread blocks, one behind the other. ``peers``, of what reads or writes: whether its addresses may be
+    of other blocks of the cluster.
 
     Args:
         size: bytes of one block's.
@@ -32,24 +33,51 @@ class SharedMemory:
         self.data = {width: raw.view(UNSIGNED[width]) for width in (1, 2, 4, 8, 16)}
         lanes = np.arange(ctas * threads)
         self.base = lanes // threads * self.stride
-        self.warp = lanes // WARP
+        self.block, self.warp = lanes // threads, lanes // WARP
         records = ctas * self.stride // grain
         self.writer = np.full(records, NOBODY, np.int16)
         self.written = np.zeros(records, np.int32)  # the writer's step
         self.generic = np.zeros(records, np.bool_)  # written by an instruction, which engines see behind a fence only
         self.copied = np.zeros(records, np.bool_)  # written by cp.async
         self.readers = np.zeros((records, clocks.agents), np.int32)  # each agent's step at its last read
+        # Of each block, and of each agent that reached it from outside or as an engine: that one's step the last time.
+        self.visits = np.zeros((ctas, clocks.agents), np.int32)
         self.unfenced_copies = 0  # reads by engines that were let through because copies need no fence
         self.disagreements = 0  # lanes whose value another of the same warp replaced in the same instruction
 
-    def index(self, addresses: np.ndarray, width: int, lanes: np.ndarray) -> np.ndarray:
+    def place(self, addresses: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the block of each address, the address as that block itself has it)."""
+        blocks, cluster = self.block[lanes], self.clocks.cluster
+        rank = addresses.astype(np.int64) // PEER - 1
+        if (rank >= cluster).any():
+            raise Fault(f"an address in block {rank.max()} of a cluster of {cluster}")
+        return np.where(rank < 0, blocks, blocks // cluster * cluster + rank), addresses % PEER
+
+    def index(self, addresses: np.ndarray, width: int, lanes: np.ndarray, peers: bool = False) -> np.ndarray:
         """Elements of the view of ``width``."""
+        base = self.base[lanes]
+        if peers:
+            blocks, addresses = self.place(addresses, lanes)
+            base = blocks * self.stride
         offsets = addresses.astype(np.int64) - SHARED_BASE
         if ((offsets < 0) | (offsets + width > self.size)).any():
             raise Fault(f"shared address out of range: {offsets.min()} to {offsets.max() + width} of {self.size}")
         if (offsets & (width - 1)).any():
             raise Fault(f"misaligned shared address, {width} bytes")
-        return (self.base[lanes] + offsets) // width
+        return (base + offsets) // width
+
+    def _visit(self, index, width, agents, steps):
+        """Agents reach elements of ``width``, whose blocks must not end before they know of that."""
+        if self.clocks.cluster > 1:
+            np.maximum.at(self.visits, (index * width // self.stride, agents), steps)
+
+    def end_blocks(self) -> None:
+        """All blocks have ended, each of them after whatever reached its memory from outside."""
+        knew = self.clocks.seen.reshape(self.ctas, self.clocks.warps, -1).max(1)
+        blocks, agents = np.nonzero(self.visits > knew)
+        if len(blocks):
+            rank, who = blocks[0] % self.clocks.cluster, self.clocks.name(int(agents[0]))
+            raise Fault(f"block {rank} of a cluster may end before its shared memory is reached by {who}")
 
     def _records(self, index, width, rows):
         """(records of elements of ``width``, the rows that belong to them)."""
@@ -84,20 +112,24 @@ class SharedMemory:
         known = readers <= self.clocks.seen[rows]
         if not known.all():
             self._blame("overwrites what was read by", np.nonzero(~known)[1], slice(None))
-        if by_engine and not (readers <= self.clocks.fenced[rows])[:, : self.clocks.warps].all():
+        if by_engine and not (readers <= self.clocks.fenced[rows])[:, : self.clocks.first_mbarrier].all():
             raise Fault("an engine overwrites what was read, and no fence.proxy.async stands between")
 
-    def touch(self, addresses: np.ndarray, width: int, lanes: np.ndarray, what: str = "reads") -> np.ndarray:
+    def touch(
+        self, addresses: np.ndarray, width: int, lanes: np.ndarray, what: str = "reads", peers: bool = False
+    ) -> np.ndarray:
         """A read without its data: elements of the view of ``width``."""
-        index = self.index(addresses, width, lanes)
-        records, rows = self._records(index, width, self.warp[lanes])
+        index, warps = self.index(addresses, width, lanes, peers), self.warp[lanes]
+        records, rows = self._records(index, width, warps)
         self._check_writers(records, rows, what)
         self.readers[records, self.clocks.local[rows]] = self.clocks.now(rows)
+        if peers:
+            self._visit(index, width, self.clocks.local[warps], self.clocks.now(warps))
         return index
 
-    def load(self, addresses: np.ndarray, width: int, lanes: np.ndarray) -> np.ndarray:
+    def load(self, addresses: np.ndarray, width: int, lanes: np.ndarray, peers: bool = False) -> np.ndarray:
         """``width`` bytes at each address."""
-        return self.data[width][self.touch(addresses, width, lanes)]
+        return self.data[width][self.touch(addresses, width, lanes, peers=peers)]
 
     def _claim(self, index, width, rows, writer, step, by_engine=False, generic=True, copied=False):
         records, rows = self._records(index, width, rows)
@@ -109,11 +141,15 @@ class SharedMemory:
         self.generic[records], self.copied[records] = generic, copied
         self.readers[records] = 0
 
-    def store(self, addresses: np.ndarray, width: int, values: np.ndarray, lanes: np.ndarray) -> None:
+    def store(
+        self, addresses: np.ndarray, width: int, values: np.ndarray, lanes: np.ndarray, peers: bool = False
+    ) -> None:
         """The inverse of :meth:`load`."""
-        index, rows = self.index(addresses, width, lanes), self.warp[lanes]
+        index, rows = self.index(addresses, width, lanes, peers), self.warp[lanes]
         own = self.clocks.local[rows]
         self._claim(index, width, rows, own, self.clocks.now(rows))
+        if peers:
+            self._visit(index, width, own, self.clocks.now(rows))
         view = self.data[width]
         view[index] = values
         lost = view[index] != values
@@ -135,13 +171,21 @@ class SharedMemory:
         self.writer[records], self.written[records] = self.clocks.local[rows], self.clocks.now(rows)
 
     def copy_by_engine(self, addresses: np.ndarray, values: np.ndarray, lane: int, agent: int, step: int) -> None:
-        """16-byte ``values`` that the copy engine writes for ``lane``, seen by those who have seen ``agent`` at
-        ``step``.
+        """16-byte ``values`` that the copy engine writes for ``lane``, also to a peer, seen by those who have seen
+        ``agent`` at ``step``.
         """
         lanes = np.full(len(addresses), lane)
-        index = self.index(addresses, 16, lanes)
+        index = self.index(addresses, 16, lanes, peers=True)
         self._claim(index, 16, self.warp[lanes], agent, step, by_engine=True, generic=False)
+        self._visit(index, 16, agent, step)
         self.data[16][index] = values
+
+    def signal_by_engine(self, address: int, lane: int, agent: int, step: int) -> None:
+        """The copy engine will arrive at an mbarrier, also a peer's, for ``lane``, who must know of its beginning."""
+        index = self.index(np.full(1, address), 8, np.full(1, lane), peers=True)
+        records, rows = self._records(index, 8, self.warp[[lane]])
+        self._check_writers(records, rows, "signals")
+        self.readers[records, agent] = step
 
     def read_by_engine(self, index: np.ndarray, warpgroup: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """16-byte elements that matrix instructions read on their own until they are waited for.
@@ -151,11 +195,10 @@ class SharedMemory:
             warpgroup: the number of each warpgroup, over all blocks.
             steps: the group of matrix instructions that each read belongs to.
         """
-        warps = self.clocks.warps
         for number, step, elements in zip(warpgroup, steps, index, strict=True):
             rows = number * WARPGROUP + np.arange(WARPGROUP)
             records, _ = self._records(np.unique(elements), 16, np.zeros(0, np.int64))
             for row in rows:
                 self._check_writers(records, np.full(1, row), "reads", by_engine=True)
-            self.readers[records, self.clocks.first_warpgroup + int(rows[0]) % warps // WARPGROUP] = step
+            self.readers[records, self.clocks.warpgroup(int(number))] = step
         return self.data[16][index]

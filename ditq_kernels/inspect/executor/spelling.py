@@ -15,7 +15,7 @@ _ANY = r"([bsu](16|32|64)|f32|f64)"
 _SHARED = r"(\.shared(::cta)?)"
 # Who may see an access when, and which cache keeps it: here all of global memory is seen by all at once.
 _ORDER = r"(\.(weak|volatile|relaxed|acquire|release|cta|cluster|gpu|sys|nc|ca|cg|cs|lu|cv|wb|wt|L1::\w+|L2::\w+))*"
-_PLACE = rf"(\.(global|local)|{_SHARED})?"
+_PLACE = r"(\.(global|local)|\.shared(::(cta|cluster))?)?"
 _DATA = rf"{_ORDER}(\.v[248])?\.([bsu](8|16|32|64)|b128|f16|f32|f64)"
 
 SPELLINGS: dict[str, str] = {
@@ -52,11 +52,14 @@ SPELLINGS: dict[str, str] = {
     "wgmma": r"\.(fence|commit_group|wait_group|mma_async)\.sync\.aligned(\.m64n\d+k(16|32)"
     r"(\.s32\.s8\.s8|\.f32\.f16\.f16|\.f32\.bf16\.bf16))?",
     "cp": rf"\.async(\.(commit_group|wait_group|wait_all)|\.c[ag]{_SHARED}\.global(\.L2::\w+)?"
-    r"|\.bulk\.tensor\.2d\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes)",
-    "mbarrier": rf"\.(init|inval|arrive(\.expect_tx)?(\.release\.cta)?|(try|test)_wait\.parity(\.acquire\.cta)?)"
-    rf"{_SHARED}?\.b64",
+    r"|\.bulk\.tensor\.2d\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes"
+    r"(\.multicast::cluster)?(\.L2::cache_hint)?)",
+    "mbarrier": rf"\.((init|inval|(try|test)_wait\.parity(\.acquire\.(cta|cluster))?){_SHARED}?"
+    r"|arrive(\.expect_tx)?(\.release\.(cta|cluster))?(\.shared(::(cta|cluster))?)?)\.b64",
+    "mapa": r"(\.shared::cluster)?\.u(32|64)",
+    "createpolicy": r"\.fractional\.L2::evict_(last|normal|first|unchanged)\.b64",
     "bar": r"(\.cta)?\.(sync|arrive|warp\.sync)",
-    "barrier": r"(\.cta)?\.(sync|arrive)(\.aligned)?",
+    "barrier": r"((\.cta)?\.(sync|arrive)|\.cluster\.(arrive(\.release|\.relaxed)?|wait(\.acquire)?))(\.aligned)?",
     "fence": rf"\.(proxy\.async(\.global|{_SHARED})?|mbarrier_init\.release\.cluster"
     r"|(sc|acq_rel|acquire|release)\.(cta|cluster|gpu|sys))",
     "shfl": r"\.sync\.(bfly|idx|up|down)\.b32",
@@ -67,7 +70,7 @@ SPELLINGS: dict[str, str] = {
     "setmaxnreg": r"\.(inc|dec)\.sync\.aligned\.u32",
     "nanosleep": r"\.u32",
     "discard": r"\.global\.L2",
-    "prefetch": r"(\.global)?\.L[12]",
+    "prefetch": r"((\.global)?\.L[12]|(\.(param|const))?\.tensormap)",
     "trap": "",
 }
 # With a narrow and a wide operand; packed; and integers, which wrap.

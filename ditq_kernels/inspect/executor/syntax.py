@@ -138,6 +138,7 @@ class Kernel:
         shared: offset of each named array in shared memory; those of unknown size lie behind all others.
         static_shared: bytes of the arrays of known size.
         local: bytes of each thread's own memory.
+        cluster: thread blocks of a cluster, along x; None where the launch says so.
     """
 
     name: str
@@ -150,3 +151,4 @@ class Kernel:
     static_shared: int = 0
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
+    cluster: int | None = None

@@ -11,9 +11,11 @@ from .syntax import Immediate, Pair
 
 @opcode("bar", "barrier")
 def barrier(instruction, kernel):
-    """bar.warp.sync; bar.sync and bar.arrive, also spelled barrier{.cta}."""
+    """bar.warp.sync; bar.sync and bar.arrive, also spelled barrier{.cta}; barrier.cluster."""
     if "warp" in instruction.parts:
         return lambda m, mask: m.whole_warps(mask)
+    if instruction.parts[1] == "cluster":
+        return _cluster_barrier(instruction.parts)
     number, *count = (source(operand, "u32", kernel) for operand in instruction.operands)
     waits = "sync" in instruction.parts
 
@@ -27,12 +29,28 @@ def barrier(instruction, kernel):
     return run
 
 
+def _cluster_barrier(parts):
+    arrives, relaxed, aligned = "arrive" in parts, "relaxed" in parts, "aligned" in parts
+
+    def run(m, mask):
+        if aligned:
+            m.whole_warps(mask)
+        if arrives:
+            m.cluster_barriers.arrive(mask, relaxed)
+        else:
+            m.cluster_barriers.wait(mask)
+
+    return run
+
+
 @opcode("fence")
 def fence(instruction, kernel):
-    """Only the fence between the generic and the async proxy of shared memory orders more than this machine does
-    already.
+    """Two kinds order more than this machine does already: the fence between the generic and the async proxy of shared
+    memory, and, before a relaxed arrival at the barrier of a cluster, those that order what other blocks see.
     """
     parts = instruction.parts
+    if parts[-1] in ("cluster", "gpu", "sys") and "acquire" not in parts:
+        return lambda m, mask: m.clocks.publish(m.rows(mask))
     if parts[:3] != ("fence", "proxy", "async") or (len(parts) > 3 and not parts[3].startswith("shared")):
         return nothing(instruction, kernel)
     return lambda m, mask: m.clocks.fence(m.rows(mask))
