@@ -251,6 +251,38 @@ def test_blocks_reach_each_others_memory(way):
     )
 
 
+def test_who_has_waited_for_its_own_copy_has_not_waited_for_a_peers():
+    copy = MULTICAST.strip()
+    for name, instead in (("into", "memory"), ("%d2", "%d1"), ("row", "4"), ("policy", "%d2")):
+        copy = copy.replace(name, instead)
+    body = f"""
+    mov.b64 %d1, a;
+    mov.u32 %r1, %cluster_ctarank;
+    xor.b32 %r2, %r1, 1;
+    setp.eq.u32 %p1, t, 0;
+    setp.eq.and.u32 %p2, %r1, 0, %p1;
+    @%p1 mbarrier.init.shared::cta.b64 [memory+2048], 1;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [memory+2048], 512;
+    {MEETING}
+    @%p2 {copy}
+    WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 %p3, [memory+2048], 0;
+    @!%p3 bra WAIT;
+    {MEETING}
+    mapa.shared::cluster.u32 %r3, at, %r2;
+    ld.shared::cluster.b32 %r4, [%r3];
+    st.global.b32 [y_at], %r4;
+    {MEETING}
+    """
+    maps, y, _ = operands(1, 2)
+    given = dict(blocks=2, cluster=2, extra={"a": maps["a"]}, y=y.view(-1)[:64])
+    run(sized(body, 2), **given)
+    assert y.view(-1)[:64].tolist() == list(range(128, 192))
+    before, _, last = sized(body, 2).rpartition(MEETING)
+    unmet = without(MEETING, body=before) + MEETING + last
+    refused("reads what was written by a tensor copy that was not waited for", unmet, **given)
+
+
 def test_the_barrier_of_a_cluster():
     apart = "setp.eq.u32 %p1, warp, 0;\nmov.u32 %r1, %cluster_ctarank;\nsetp.eq.and.u32 %p2, %r1, 0, %p1;\n"
     refused("the barrier of a cluster is reached by some", apart + f"@%p2 bar.sync 1, 64;{MEETING}")
