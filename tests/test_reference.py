@@ -163,6 +163,16 @@ def test_a_modulated_norm_of_known_parts():
     assert (codes * scales.unsqueeze(1) - exact).abs().max() <= 0.501 * scales.max()
 
 
+def test_one_column_is_not_left_to_pytorch(monkeypatch):
+    """As the last group of a weight may be. PyTorch 2.11 reads it at a wrong stride on a CPU with AMX."""
+    monkeypatch.setattr(reference, "_int_mm_is_fast", lambda: True)
+    monkeypatch.setattr(reference, "_int_mm_is_exact", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: torch.full((x.shape[0], w.shape[1]), 7, dtype=torch.int32))
+    x, w = (torch.arange(-5, 60, 5).to(torch.int8).view(-1, 13)[:, 12:] for _ in range(2))
+    assert reference.int8_product(x, w).tolist() == [[55 * 55]]
+    assert reference.int8_product(x.expand(-1, 2), w.expand(-1, 2)).tolist() == [[7]]
+
+
 def test_whether_int8_products_are_exact_here():
     """Asked of other shapes and numbers, where sums of two products pass 16 bits."""
     x, w = torch.full((40, 96), -127, dtype=torch.int8), torch.full((24, 96), -128, dtype=torch.int8)
