@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .. import __version__
+
 
 @dataclass(frozen=True)
 class Quartiles:
@@ -22,9 +24,11 @@ class Quartiles:
 
 
 def version_of(package: str | None) -> str | None:
-    """Installed version; None where it is missing. None is this package."""
+    """Installed version; None where it is missing. None is this package, which also runs from its sources."""
+    if package is None:
+        return __version__
     try:
-        return importlib.metadata.version(package or "ditq_kernels")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
