@@ -205,6 +205,18 @@ def test_barriers_of_some_warps():
     refused("reached by some threads of a block only", PAIRS.replace("2, 64", "2, 128"), threads=128, y=output(128))
 
 
+def test_a_barrier_whose_number_each_warp_computes():
+    before, _, after = PAIRS.partition("setp.eq.u32 %p1, %r9, 1;")
+    own = f"{before}bar.sync %r9, 64;{after.partition('MET:')[2]}"
+    y = output(128)
+    run(own, threads=128, y=y)
+    assert y.tolist() == [t ^ 32 for t in range(128)]
+    run(own.replace("bar", "setp.lt.u32 %p1, warp, 4;\n@%p1 bar"), threads=128, y=y)
+    refused("written by warp 2", own.replace("at, 128", "at, 256"), threads=128, y=output(128))  # of the other pair
+    refused("reached by some threads of a block only", own.replace("%r9, 64", "%r9, 128"), threads=128, y=output(128))
+    refused("some of its lanes only", own.replace("%r9, 64", "lane, 64"), threads=128, y=output(128))
+
+
 ONE_WAY = """
 setp.eq.u32 %p1, warp, 0;
 @%p1 st.shared.b32 [at], t;

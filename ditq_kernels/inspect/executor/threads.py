@@ -22,9 +22,12 @@ def barrier(instruction, kernel):
     def run(m, mask):
         threads = int(count[0](m)[0]) if count else None
         which = number(m)
-        if (which != which[0]).any():
-            raise Unsupported("a barrier whose number differs from thread to thread")
-        m.thread_barriers.reach(mask, int(which[0]), threads, waits)
+        if which.size == 1:
+            return m.thread_barriers.reach(mask, int(which[0]), threads, waits)
+        for one in np.unique(which[m.chosen(mask)]):  # as warps compute it: those of a warpgroup have their own
+            here = which == one if mask is None else mask & (which == one)
+            m.whole_warps(here)
+            m.thread_barriers.reach(here, int(one), threads, waits)
 
     return run
 
