@@ -10,8 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-oldest lint format clean gpu execute mutants
 
 # What the CUDA extension is built with comes first: setup.py builds it where it also finds nvcc, and says why where not.
-# Of nvidia-cutlass only the headers are wanted, hence no dependencies. Python compiles what it imports, when it does: pip
-# would compile everything, for most of its time.
+# Python compiles what it imports, when it does: pip would compile everything, for most of its time.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 # Its tests would be skipped, and nobody would see that it does not compile any more.
 CPU_EXTENSION := $(if $(shell command -v g++),DITQ_BUILD_CPU=1)
@@ -19,7 +18,6 @@ CPU_EXTENSION := $(if $(shell command -v g++),DITQ_BUILD_CPU=1)
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
-	$(INSTALL) --no-deps nvidia-cutlass
 	DITQ_BUILD_CUDA=0 DITQ_BUILD_CPU=0 $(INSTALL) --no-build-isolation --editable '.[test]' & installing=$$!; \
 		$(CPU_EXTENSION) $(BIN)/python setup.py --quiet build_ext --inplace; built=$$?; wait $$installing && exit $$built
 	touch $@

@@ -1,8 +1,8 @@
 """Builds the two extensions below csrc/, where that is possible or asked for; all else about the package stands in
 pyproject.toml.
 
-``DITQ_BUILD_CUDA=1`` must build the one for GPUs, ``=0`` never does, and unset it is built where nvcc, a host compiler,
-PyTorch and CUTLASS' headers are all found. ``DITQ_BUILD_CPU`` says the same of the one for CPUs, which takes a C++
+``DITQ_BUILD_CUDA=1`` must build the one for GPUs, ``=0`` never does, and unset it is built where nvcc, a host compiler
+and PyTorch are all found. ``DITQ_BUILD_CPU`` says the same of the one for CPUs, which takes a C++
 compiler and PyTorch; unset, it may also fail. One file each serves every Python from 3.10 and every PyTorch from 2.10:
 they are written to their stable interfaces.
 """
@@ -30,9 +30,7 @@ JOBS_VARIABLE = "MAX_JOBS"  # as PyTorch's own extension builder calls it
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below
 OBJECTS = Path("build", "extension")  # kept from one installation to the next, so that only what changed is compiled
 SMALL_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-GETTING_READY = (
-    "install torch, setuptools and nvidia-cutlass==4.2.0.0 (with --no-deps), then pip install --no-build-isolation"
-)
+GETTING_READY = "install torch and setuptools, then pip install --no-build-isolation"
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ class CpuToolchain:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What the extension for GPUs is built with: paths to nvcc, PyTorch's package and CUTLASS' sources."""
+    """What the extension for GPUs is built with: paths to nvcc and PyTorch's package."""
 
     nvcc: str
     torch: Path
-    cutlass: Path
 
 
 def package_directory(name: str, find_spec: Callable = importlib.util.find_spec) -> Path | None:
@@ -87,12 +84,10 @@ def find_toolchain(
         return f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later is needed, and {nvcc} is older or cannot be run"
     if which("g++") is None:
         return "nvcc needs the host compiler g++"
-    torch, cutlass = directory("torch"), directory("cutlass_library")
+    torch = directory("torch")
     if torch is None or not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
         return f"PyTorch's headers are not in the build's environment ({GETTING_READY})"
-    if cutlass is None or not (cutlass / "source" / "include" / "cutlass" / "cutlass.h").exists():
-        return f"CUTLASS' headers are not in the build's environment ({GETTING_READY})"
-    return Toolchain(nvcc, torch, cutlass / "source")
+    return Toolchain(nvcc, torch)
 
 
 def find_cpu_toolchain(
@@ -175,18 +170,15 @@ def _libraries(torch: Path) -> tuple[str, ...]:
 
 def gpu_library(toolchain: Toolchain) -> Library:
     """What is compiled for GPUs, the longest first."""
-    cutlass = (f"-I{toolchain.cutlass / 'include'}", f"-I{toolchain.cutlass / 'tools' / 'util' / 'include'}")
-    # Products and sums are rounded one by one, as the other backends do it.
-    int8 = (*_for_architectures("90a"), *cutlass, "--expt-relaxed-constexpr", "-fmad=false")
+    int8 = _for_architectures("90a")
     # Later GPUs than the last of the list compile its intermediate code when they first load it.
     small = _for_architectures(*map(str, SMALL_ARCHITECTURES), ptx=str(SMALL_ARCHITECTURES[-1]))
     stable = ("-DUSE_CUDA", *STABLE, f"-I{toolchain.torch / 'include'}")
     nvcc = (toolchain.nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden")
     options = {
-        "int8_product_cooperative.cu": int8,
-        "int8_product_ping_pong.cu": int8,
-        "small_product_mma.cu": small,
         "small_product_fma.cu": small,
+        "small_product_mma.cu": small,
+        "int8_product.cu": int8,
         "binding.cpp": stable,
     }
     return Library(

@@ -207,31 +207,28 @@ Tensor small_product(
 
 // ---- int8 ----
 
-struct Int8Instance {
-    std::size_t (*workspace_bytes)(const Int8Product&);
-    const char* (*launch)(const Int8Product&, void*, cudaStream_t);
-};
+using Int8Launch = const char* (*)(const Int8Product&, cudaStream_t);
 
 template <std::size_t... INDICES>
-constexpr std::array<Int8Instance, sizeof...(INDICES)> int8_instances(std::index_sequence<INDICES...>) {
-    return {Int8Instance{int8_workspace_bytes<INDICES>, launch_int8_product<INDICES>}...};
+constexpr std::array<Int8Launch, sizeof...(INDICES)> int8_launches(std::index_sequence<INDICES...>) {
+    return {launch_int8_product<INDICES>...};
 }
 
 void require_vectors(const char* name, const void* pointer) {
     require(reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0, name, " must begin at a 16-byte boundary");
 }
 
-Tensor int8_product(
+void int8_product(
     const Tensor& qx, const Tensor& sx, const Tensor& qweight, const Tensor& scale, const OptionalTensor& bias,
-    ScalarType out_dtype, std::int64_t tile) {
-    static constexpr auto instances = int8_instances(std::make_index_sequence<INT8_TILES>{});
+    const Tensor& y, std::int64_t tile) {
+    static constexpr auto launches = int8_launches(std::make_index_sequence<INT8_TILES>{});
     require(tile >= 0 && tile < INT8_TILES, "tile must be 0 to ", INT8_TILES - 1, ", got ", tile);
-    require(out_dtype == ScalarType::Half || out_dtype == ScalarType::BFloat16,
-            "out_dtype must be Half or BFloat16, got ", toString(out_dtype));
+    require(y.scalar_type() == ScalarType::Half || y.scalar_type() == ScalarType::BFloat16,
+            "y must be Half or BFloat16, got ", toString(y.scalar_type()));
     require_dimensions("qx", qx, 2);
     require_dimensions("qweight", qweight, 2);
     Int8Product p{};
-    p.y_type = float_type("out_dtype", out_dtype);
+    p.y_type = float_type("y", y.scalar_type());
     p.rows = size_of("the rows of qx", qx.size(0));
     p.inputs = size_of("the columns of qx", qx.size(1));
     p.outputs = size_of("the rows of qweight", qweight.size(0));
@@ -248,16 +245,20 @@ Tensor int8_product(
     require_type("scale", scale, ScalarType::Float);
     require_shape<1>("scale", scale, {p.outputs});
     require_contiguous("scale", scale);
+    require_shape<2>("y", y, {p.rows, p.outputs});
+    require(y.stride(1) == 1, "neighbours in a row of y must be neighbours in memory");
+    p.y_stride = p.rows <= 1 || p.outputs == 0 ? p.outputs : y.stride(0);
+    require(p.y_stride >= p.outputs && p.y_stride % 8 == 0,
+            "the rows of y must lie a multiple of 8 elements apart, and not in each other, got ", p.y_stride);
     const Bias added = check_bias(bias, p.outputs);
     if (bias) require_same_device("bias", *bias, "qx", qx);
     require_same_device("sx", sx, "qx", qx);
     require_same_device("qweight", qweight, "qx", qx);
     require_same_device("scale", scale, "qx", qx);
+    require_same_device("y", y, "qx", qx);
     require_cuda("qx", qx);
 
-    const std::array<std::int64_t, 2> shape{p.rows, p.outputs};
-    Tensor y = torch::stable::new_empty(qx, {shape.data(), shape.size()}, out_dtype);
-    if (p.rows == 0 || p.outputs == 0) return y;
+    if (p.rows == 0 || p.outputs == 0) return;
     p.qx = static_cast<const std::int8_t*>(qx.const_data_ptr());
     p.sx = static_cast<const float*>(sx.const_data_ptr());
     p.qweight = static_cast<const std::int8_t*>(qweight.const_data_ptr());
@@ -267,6 +268,7 @@ Tensor int8_product(
     p.y = y.mutable_data_ptr();
     require_vectors("qx", p.qx);
     require_vectors("qweight", p.qweight);
+    require_vectors("y", p.y);
 
     p.device = qx.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(p.device);
@@ -275,14 +277,8 @@ Tensor int8_product(
     require(major == 9 && minor == 0, "int8_product is built for compute capability 9.0, and this device has ", major,
             ".", minor, "; use the triton backend");
     p.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, p.device);
-    const Int8Instance& instance = instances[static_cast<std::size_t>(tile)];
-    OptionalTensor workspace;
-    const std::array<std::int64_t, 1> bytes{static_cast<std::int64_t>(instance.workspace_bytes(p))};
-    if (bytes[0] > 0) workspace = torch::stable::new_empty(qx, {bytes.data(), bytes.size()}, ScalarType::Byte);
-    const char* refusal =
-        instance.launch(p, workspace ? workspace->mutable_data_ptr() : nullptr, current_stream(p.device));
+    const char* refusal = launches[static_cast<std::size_t>(tile)](p, current_stream(p.device));
     require(refusal == nullptr, "int8_product: ", refusal == nullptr ? "" : refusal);
-    return y;
 }
 
 STABLE_TORCH_LIBRARY(ditq_cuda, library) {
@@ -290,8 +286,7 @@ STABLE_TORCH_LIBRARY(ditq_cuda, library) {
         "small_product(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int bits, int group, "
         "bool silu) -> Tensor");
     library.def(
-        "int8_product(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? bias, ScalarType out_dtype, "
-        "int tile) -> Tensor");
+        "int8_product(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? bias, Tensor(a!) y, int tile) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ditq_cuda, CompositeExplicitAutograd, library) {

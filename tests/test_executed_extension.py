@@ -94,7 +94,7 @@ def test_flags_are_those_of_the_build(monkeypatch, tmp_path):
     commands = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "run", lambda target, command: commands.append(command))
-    toolchain = build.Toolchain("nvcc", Path("torch"), Path("cutlass"))
+    toolchain = build.Toolchain("nvcc", Path("torch"))
     for unit in build.gpu_library(toolchain).units:
         if unit.source.startswith("small_product"):
             build.compile_unit(unit)

@@ -1,6 +1,7 @@
 """The CUDA extension: how it is built, what it declares, its machine code, and on a GPU its numbers."""
 
 import importlib.metadata
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from oracle import activations, assert_product, linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditq_kernels import QuantLinear
-from ditq_kernels.kernels.config import Config, arithmetic
+from ditq_kernels.kernels.config import EXTENSION_TILES, Config, arithmetic
 from ditq_kernels.layer import extension, packing, reference
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
 from ditq_kernels.layer.packed_weight import PackedWeight
@@ -29,16 +30,17 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 def test_python_and_cpp_agree():
     header = (ROOT / "csrc" / "int8_product.h").read_text()
-    tiles = re.findall(r"Int8Tile<(\d+)> : TileShape<(\d+), (\d+), Schedule::(\w+)>", header)
+    tiles = re.findall(r"Int8Tile<(\d+)> : TileShape<(\d+), (\d+), (\d+), Schedule::(\w+)>", header)
     assert [int(number) for number, *_ in tiles] == list(range(len(extension.TILES)))
-    assert tuple(extension.Tile(int(m), int(n), schedule) for _, m, n, schedule in tiles) == extension.TILES
-    assert int(re.search(r"INT8_TILES = (\d+)", header)[1]) == len(tiles)
-    compiled = [
-        (int(number), path.stem.removeprefix("int8_product_"))
-        for path in (ROOT / "csrc").glob("int8_product_*.cu")
-        for number in re.findall(r"DITQ_INT8_TILE\((\d+)\)", path.read_text())
+    assert [(*map(int, numbers), schedule) for _, *numbers, schedule in tiles] == [
+        (tile.rows, tile.outputs, tile.cluster, tile.schedule) for tile in extension.TILES
     ]
-    assert sorted(compiled) == [(number, tile.schedule) for number, tile in enumerate(extension.TILES)]
+    assert int(re.search(r"INT8_TILES = (\d+)", header)[1]) == len(tiles) == EXTENSION_TILES
+    source = (ROOT / "csrc" / "int8_product.cu").read_text()
+    compiled = re.findall(r"template const char\* launch_int8_product<(\d+)>", source)
+    assert list(map(int, compiled)) == list(range(len(tiles)))
+    kernel = (ROOT / "csrc" / "int8_product.cuh").read_text()
+    assert int(re.search(r"\bSTEP = (\d+)", kernel)[1]) == extension.STEP
     small = (ROOT / "csrc" / "small_product.h").read_text()
     assert int(re.search(r"BLOCK = (\d+)", small)[1]) == packing.BLOCK
     assert int(re.search(r"SMALL_ROWS = (\d+)", small)[1]) == extension.SMALL_ROWS
@@ -66,8 +68,8 @@ def test_schemas(ops):
         "int group, bool silu) -> Tensor"
     )
     assert str(ops.int8_product.default._schema) == (
-        "ditq_cuda::int8_product(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? bias, "
-        "ScalarType out_dtype, int tile) -> Tensor"
+        "ditq_cuda::int8_product(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? bias, Tensor(a!) y, "
+        "int tile) -> ()"
     )
 
 
@@ -103,6 +105,8 @@ def test_fakes(kind):
         qx, sx = given(torch.zeros(300, 192, dtype=torch.int8)), given(torch.zeros(300))
         y = extension.linear_a8(qx, sx, packed(dense), everything(bias), FP16)
         assert (y.shape, y.dtype, y.device) == ((300, 24), FP16, qx.device)
+        dense = packed(dense)
+        assert extension.int8_product(qx, sx, dense.qweight, dense.scale, None, y, 0) is None
 
 
 def small_arguments(**changes):
@@ -114,7 +118,7 @@ def small_arguments(**changes):
 def int8_arguments(**changes):
     given = dict(qx=torch.zeros(3, 32, dtype=torch.int8), sx=torch.ones(3), scale=torch.ones(24))
     given["qweight"] = torch.zeros(24, 32, dtype=torch.int8)
-    return {**given, "bias": None, "out_dtype": BF16, "tile": 0, **changes}
+    return {**given, "bias": None, "y": torch.empty(3, 24, dtype=BF16), "tile": 0, **changes}
 
 
 @needs_nvcc
@@ -150,9 +154,14 @@ def test_the_small_product_says_what_is_wrong(changes, words, ops):
     ("changes", "words"),
     [
         ({}, "qx must be on a CUDA device"),
-        (dict(tile=5), "tile must be 0 to 4, got 5"),
-        (dict(tile=-1), "tile must be 0 to 4, got -1"),
-        (dict(out_dtype=torch.float32), "out_dtype must be Half or BFloat16, got Float"),
+        (dict(tile=8), "tile must be 0 to 7, got 8"),
+        (dict(tile=-1), "tile must be 0 to 7, got -1"),
+        (dict(y=torch.empty(3, 24)), "y must be Half or BFloat16, got Float"),
+        (dict(y=torch.empty(3, 32, dtype=FP16)), r"y must be \[3, 24\], got \[3, 32\]"),
+        (dict(y=torch.empty(72, dtype=FP16)), r"y must be \[3, 24\], got \[72\]"),
+        (dict(y=torch.empty(24, 3, dtype=FP16).T), "neighbours in a row of y must be neighbours in memory"),
+        (dict(y=torch.empty(3, 28, dtype=FP16)[:, :24]), "y must lie a multiple of 8 elements apart, .* got 28"),
+        (dict(y=torch.empty(1, 24, dtype=FP16).expand(3, 24)), "a multiple of 8 .* and not in each other, got 0"),
         (dict(qx=torch.zeros(3, 24, dtype=torch.int8)), "columns of qx must be a multiple of 16, got 24"),
         (dict(qweight=torch.zeros(20, 32, dtype=torch.int8)), "rows of qweight must be a multiple of 8, got 20"),
         (dict(qx=torch.zeros(3, 32, dtype=torch.uint8)), "qx must be Char, got Byte"),
@@ -207,15 +216,26 @@ def test_the_choice_of_a_tile():
     """Few rows want many small tiles, many rows large ones, and a width that leaves no multiprocessor idle wins."""
 
     def chosen(rows, out_features, in_features):
-        tile = extension.TILES[extension.choose_tile(rows, out_features, in_features, 132)]
-        return tile.rows, tile.outputs
+        return extension.TILES[extension.choose_tile(rows, out_features, in_features, 132)]
 
-    assert chosen(1, 1152, 1152) == (64, 80)
-    assert chosen(512, 1152, 1152) == (64, 80)
-    assert chosen(2048, 1152, 1152) == (128, 144)  # 128 tiles: one wave of 132
-    assert chosen(8192, 12288, 3072) == (128, 256)
-    for rows in (1, 17, 500, 5000):
-        assert 0 <= extension.choose_tile(rows, 8, 16, 1) < len(extension.TILES)
+    assert chosen(1, 1152, 1152).rows == 64
+    middle = chosen(512, 1152, 1152)
+    assert (middle.rows, middle.outputs, middle.cluster) == (64, 96, 4)  # 96 of 120 blocks at once, each with one tile
+    large = chosen(8192, 12288, 3072)
+    assert large.rows >= 128 and large.outputs >= 128
+    for rows, multiprocessors in itertools.product((0, 1, 17, 500, 5000), (1, 2, 132)):
+        assert extension.choose_tile(rows, 8, 16, multiprocessors) in range(len(extension.TILES))
+
+
+@pytest.mark.parametrize("tile", extension.TILES, ids=lambda tile: f"{tile.rows}x{tile.outputs}x{tile.cluster}")
+def test_the_estimate_grows_with_the_problem(tile):
+    """Never less for more, and truly more where another round or step begins."""
+    problem = (4096, 4096, 4096)
+    for side in range(3):
+        sizes = [(*problem[:side], size, *problem[side + 1 :]) for size in (1, 100, 4096, 4097, 40000)]
+        estimates = [extension.microseconds(tile, *size, 132) for size in sizes]
+        assert estimates == sorted(estimates) and estimates[0] < estimates[2] < estimates[-1]
+    assert extension.microseconds(tile, *problem, 132) < extension.microseconds(tile, *problem, 66)
 
 
 # ---- Numbers ----
@@ -306,6 +326,18 @@ def test_int8_products_are_bit_exact(out_dtype, shape, tile, hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(extension.TILES)))
+def test_what_lies_between_rows_of_the_output_is_left_alone(tile, hopper):
+    qx, sx, weight, bias = int8_operands(300, 264, 640, hopper)
+    whole = torch.full((302, 304), 7.0, dtype=BF16, device=hopper)
+    y = whole[1:-1, 16:280]
+    extension.int8_product(qx, sx, weight.qweight, weight.scale, bias, y, tile)
+    assert torch.equal(y, reference.linear_a8(qx, sx, weight, bias, BF16))
+    y.fill_(7)
+    assert whole.eq(7).all()
+
+
+@pytest.mark.gpu
 def test_a_broken_row_gives_a_row_of_nan(hopper):
     qx, sx, weight, bias = int8_operands(40, 64, 128, hopper)
     sx[2] = float("nan")
@@ -352,3 +384,6 @@ def test_empty_batches(cuda):
     if capability() == extension.INT8_CAPABILITY:
         qx, sx, weight, bias = int8_operands(0, 24, 128, cuda)
         assert extension.linear_a8(qx, sx, weight, bias, FP16).shape == (0, 24)
+        no_outputs = torch.empty(0, 128, dtype=torch.int8, device=cuda)
+        qx, sx, *_ = int8_operands(3, 24, 128, cuda)
+        extension.int8_product(qx, sx, no_outputs, torch.empty(0, device=cuda), None, qx.new_empty((3, 0), dtype=FP16))

@@ -22,15 +22,11 @@ def build():
 
 
 def toolchain_folder(tmp_path, *missing):
-    """Packages' folders with the headers that setup.py looks for, but for those of ``missing``."""
-    headers = {
-        "torch": "include/torch/csrc/stable/library.h",
-        "cutlass_library": "source/include/cutlass/cutlass.h",
-    }
-    for package, header in headers.items():
-        if package not in missing:
-            (tmp_path / package / header).parent.mkdir(parents=True)
-            (tmp_path / package / header).touch()
+    """Packages' folders with the header that setup.py looks for, but for those of ``missing``."""
+    header = tmp_path / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h"
+    if "torch" not in missing:
+        header.parent.mkdir(parents=True)
+        header.touch()
     return lambda package: tmp_path / package if (tmp_path / package).exists() else None
 
 
@@ -43,7 +39,6 @@ def found(build, directory, environment=None, programs=("nvcc", "g++"), release=
 def test_the_toolchain_is_found(build, tmp_path):
     toolchain = found(build, toolchain_folder(tmp_path))
     assert (toolchain.nvcc, toolchain.torch) == ("/path/nvcc", tmp_path / "torch")
-    assert toolchain.cutlass == tmp_path / "cutlass_library" / "source"
     home = {"CUDA_HOME": "/cuda"}
     programs = ("nvcc", "/cuda/bin/nvcc", "g++")
     assert found(build, toolchain_folder(tmp_path / "home"), home, programs).nvcc == "/path//cuda/bin/nvcc"
@@ -56,7 +51,6 @@ def test_the_toolchain_is_found(build, tmp_path):
         ((), dict(programs=("nvcc",)), "host compiler"),
         ((), dict(release=(12, 4)), "12.8 or later"),
         (("torch",), {}, "PyTorch's headers .* pip install --no-build-isolation"),
-        (("cutlass_library",), {}, "CUTLASS' headers .* nvidia-cutlass"),
     ],
 )
 def test_what_is_missing_is_named(missing, arguments, words, build, tmp_path):
@@ -82,7 +76,7 @@ def test_when_one_is_built(build, variable, capsys):
 
 
 def test_what_setuptools_is_told(build):
-    gpu = build.gpu_library(build.Toolchain("nvcc", Path("torch"), Path("cutlass")))
+    gpu = build.gpu_library(build.Toolchain("nvcc", Path("torch")))
     cpu = build.cpu_library(build.CpuToolchain("g++", Path("torch"), "x86_64"), optional=True)
     assert build.arguments([]) == {}
     modules = build.arguments([gpu, cpu])["ext_modules"]

@@ -17,8 +17,7 @@ from .packed_weight import PackedWeight
 
 LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"  # where setup.py leaves it
 BUILD_IT = (
-    "with nvcc on PATH, install torch, setuptools and nvidia-cutlass==4.2.0.0 (--no-deps), then "
-    "DITQ_BUILD_CUDA=1 pip install --no-build-isolation -e ."
+    "with nvcc on PATH, install torch and setuptools, then DITQ_BUILD_CUDA=1 pip install --no-build-isolation -e ."
 )
 
 SMALL_ROWS = 16
@@ -34,22 +33,39 @@ H100_MULTIPROCESSORS = 132
 
 @dataclass(frozen=True)
 class Tile:
-    """One instance of the int8 product: the part of the output that a thread block computes at a time."""
+    """One instance of the int8 product.
+
+    Attributes:
+        rows, outputs: the part of the output that a thread block computes at a time.
+        cluster: blocks, one above the other, that share the weights' tile.
+        schedule: as csrc/int8_product.h explains it.
+        start, step, wave: microseconds of an H200 (:func:`microseconds`), fitted to benchmarks/results/nvidia-h200/
+            2026-11-27-int8.json by benchmarks/fit_costs.py.
+    """
 
     rows: int
     outputs: int
+    cluster: int
     schedule: Literal["ping_pong", "cooperative"]
+    start: float
+    step: float
+    wave: float = 0.0
 
 
 # As in csrc/int8_product.h, in its order; a tile's number is its place here.
 TILES = (
-    Tile(128, 192, "cooperative"),
-    Tile(128, 256, "cooperative"),
-    Tile(128, 144, "cooperative"),
-    Tile(128, 96, "ping_pong"),
-    Tile(64, 80, "ping_pong"),
+    Tile(128, 256, 2, "cooperative", 1.90, 0.601, 3.35),
+    Tile(128, 192, 2, "cooperative", 2.05, 0.460, 2.85),
+    Tile(128, 160, 2, "cooperative", 2.44, 0.386, 2.41),
+    Tile(128, 128, 2, "ping_pong", 3.94, 0.345),
+    Tile(128, 96, 2, "ping_pong", 3.37, 0.299),
+    Tile(64, 128, 4, "ping_pong", 2.45, 0.282),
+    Tile(64, 96, 4, "ping_pong", 2.36, 0.247),
+    Tile(64, 64, 2, "ping_pong", 2.99, 0.161),
 )
-CLUSTER = 2  # thread blocks, one above the other, that run together
+STEP = 128  # inputs that are fetched at a time
+# Clusters of four do not fill the groups in which an H100's 132 multiprocessors come (seen on an H200).
+SHARE_OF_DEVICE = {1: 1.0, 2: 1.0, 4: 30 / 33}
 
 
 @functools.cache
@@ -86,8 +102,8 @@ def _small_product_fake(x, qweight, scale, group_code, bias, bits, group, silu):
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
-def _int8_product_fake(qx, sx, qweight, scale, bias, out_dtype, tile):
-    return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)
+def _int8_product_fake(qx, sx, qweight, scale, bias, y, tile):
+    return None
 
 
 def _capability_text(capability: int) -> str:
@@ -142,38 +158,50 @@ def why_unsupported_a16(
     return None
 
 
-def tile_cycles(tile: Tile, in_features: int) -> int:
-    """Clock cycles that a multiprocessor of an H100 needs for one tile: the larger of what matrix instructions and
-    shared memory take for every 32 inputs (a multiprocessor does 4096 int8 multiply-adds a cycle, and moves 128 bytes),
-    and, where nothing else runs meanwhile, the epilogue. Reasoned, not measured.
+def microseconds(tile: Tile, rows: int, out_features: int, in_features: int, multiprocessors: int) -> float:
+    """Estimate of a product's duration on an H200: ``start`` once, ``wave`` for each round in which all
+    multiprocessors are given a tile, and ``step`` for each STEP inputs of a round.
     """
-    warpgroups = 2 if tile.schedule == "cooperative" else 1  # that share a tile: each reads all its weights
-    multiplying = tile.rows * tile.outputs * 32 // 4096
-    filled = 32 * (tile.rows + tile.outputs)
-    fragments = max(tile.rows // 64 // warpgroups, 1)  # wgmmas of a warpgroup, 64 rows high, that read the same weights
-    read = 32 * (tile.rows + tile.outputs * warpgroups * fragments)
-    epilogue = tile.rows * tile.outputs // 16 if tile.schedule == "cooperative" else 0
-    return -(-in_features // 32) * max(multiplying, (filled + read) // 128) + epilogue
+    tiles = -(-rows // (tile.rows * tile.cluster)) * -(-out_features // tile.outputs)
+    at_once = max(int(multiprocessors // tile.cluster * SHARE_OF_DEVICE[tile.cluster]), 1)
+    rounds = -(-tiles // at_once)
+    return tile.start + rounds * (tile.wave + -(-in_features // STEP) * tile.step)
 
 
 def choose_tile(rows: int, out_features: int, in_features: int, multiprocessors: int) -> int:
-    """The number of the tile that is estimated to be the fastest: the waves that its tiles take on the device, times
-    the cycles of a tile.
-    """
-
-    def cycles(number: int) -> int:
-        tile = TILES[number]
-        tiles_down = -(-rows // tile.rows)
-        tiles = -(-tiles_down // CLUSTER) * CLUSTER * -(-out_features // tile.outputs)
-        at_once = max(multiprocessors // CLUSTER * CLUSTER, 1)
-        return -(-tiles // at_once) * tile_cycles(tile, in_features)
-
-    return min(range(len(TILES)), key=cycles)
+    """The number of the tile that is estimated to be the fastest."""
+    shape = rows, out_features, in_features, multiprocessors
+    return min(range(len(TILES)), key=lambda number: microseconds(TILES[number], *shape))
 
 
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def int8_product(
+    qx: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: int | None = None,
+) -> None:
+    """Writes ``y`` [M, N], fp16 or bf16, whose rows may lie apart: ``qx`` int8 [M, K] times ``qweight`` int8 [N, K]
+    transposed, ``acc * sx * scale + bias`` in fp32 and in this order. ``sx`` fp32 [M], ``scale`` fp32 [N], ``bias`` any
+    float [N]. ``tile`` is a place in :data:`TILES`; None chooses one.
+
+    Raises:
+        ImportError: if the extension is not there.
+        RuntimeError: if an operand or the device is not as :func:`why_unsupported_a8` wants it.
+    """
+    load()
+    if tile is None:
+        known = qx.device.type == "cuda" and torch.cuda.is_available()
+        multiprocessors = _multiprocessors(qx.get_device()) if known else H100_MULTIPROCESSORS
+        tile = choose_tile(qx.shape[0], qweight.shape[0], qx.shape[1], multiprocessors)
+    torch.ops.ditq_cuda.int8_product(qx.contiguous(), sx, qweight, scale, bias, y, tile)
 
 
 def linear_a8(
@@ -184,22 +212,17 @@ def linear_a8(
     out_dtype: torch.dtype,
     tile: int | None = None,
 ) -> torch.Tensor:
-    """``qx`` int8 [M, K] times int8 [N, K] transposed, to [M, N] in ``out_dtype``: ``acc * sx * scale + bias`` in fp32
-    and in this order. ``sx`` fp32 [M], ``bias`` any float [N]. ``tile`` is a place in :data:`TILES`; None chooses one.
+    """[M, N] in ``out_dtype`` of :func:`int8_product`.
 
     Raises:
-        ImportError: if the extension is not there.
+        ImportError, RuntimeError: as that does.
         ValueError: if the format is not int8 with one scale per output.
-        RuntimeError: if an operand or the device is not as :func:`why_unsupported_a8` wants it.
     """
     if weight.fmt.bits != 8 or weight.fmt.group is not None:
         raise ValueError(why_unsupported_a8(0, 0, 0, weight.fmt, out_dtype, INT8_CAPABILITY))
-    load()
-    if tile is None:
-        known = qx.device.type == "cuda" and torch.cuda.is_available()
-        multiprocessors = _multiprocessors(qx.get_device()) if known else H100_MULTIPROCESSORS
-        tile = choose_tile(qx.shape[0], weight.out_features, weight.in_features, multiprocessors)
-    return torch.ops.ditq_cuda.int8_product(qx.contiguous(), sx, weight.qweight, weight.scale, bias, out_dtype, tile)
+    y = torch.empty((qx.shape[0], weight.out_features), dtype=out_dtype, device=qx.device)
+    int8_product(qx, sx, weight.qweight, weight.scale, bias, y, tile)
+    return y
 
 
 def linear_a16(
