@@ -26,7 +26,7 @@ import torch
 from ..kernels.config import shared_memory
 from ..kernels.device import Device, standing_in
 from ..revision import commit
-from .cases import edges, extension, passes, products
+from .cases import edges, extension, extension_int8, passes, products
 from .cases.case import Case, Mismatch
 from .executor import cuda
 from .workers import end_with_parent
@@ -75,7 +75,8 @@ def cases(arch: int, quick: bool = False, match: str = "") -> list[Case]:
     """The cases of an architecture (10 * major + minor), or the quick choice of them; those whose name holds
     ``match``.
     """
-    modules = (extension,) if arch in WITHOUT_TRITON else (passes, products, edges, extension)
+    of_the_extension = (extension, extension_int8)
+    modules = of_the_extension if arch in WITHOUT_TRITON else (passes, products, edges, *of_the_extension)
     every = [case for module in modules for case in module.cases(arch)]
     return [case for case in every if match in case.name and (case.quick or not quick)]
 
@@ -88,7 +89,7 @@ def left_out(architectures: Sequence[int]) -> list[str]:
         if arch in WITHOUT_TRITON
     ]
     reason = cuda.why_unavailable()
-    return lines + ([f"the CUDA extension's product for few rows is left out: {reason}"] if reason else [])
+    return lines + ([f"the CUDA extension's kernels are left out: {reason}"] if reason else [])
 
 
 def copies_need_fence() -> bool:

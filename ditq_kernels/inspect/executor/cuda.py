@@ -58,9 +58,9 @@ def _key_of_everything() -> bytes:
 
 
 @functools.lru_cache(maxsize=32)
-def kernels(source: str, arch: int) -> Mapping[str, str]:
-    """Each kernel of a file below csrc, compiled for ``arch`` (10 * major + minor): its PTX by its mangled name, in
-    which unnamed namespaces have one name everywhere.
+def kernels(source: str, arch: int | str) -> Mapping[str, str]:
+    """Each kernel of a file below csrc, compiled for ``arch`` (10 * major + minor, or nvcc's name of it): its PTX by
+    its mangled name, in which unnamed namespaces have one name everywhere.
 
     What nvcc writes is kept in the directory for temporary files: processes that work side by side compile it once.
 
