@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "few_rows_product.h"
 #include "int8_product.h"
 #include "levels.h"
 #include "quantize_activation.h"
@@ -151,6 +152,35 @@ void linear_a8(
     }
 }
 
+void few_rows(
+    Tensor x, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias, std::int64_t group,
+    bool promoted, Tensor out, std::int64_t level) {
+    FewRowsProduct given{};
+    given.rows = x.size(0);
+    given.inputs = x.size(1);
+    given.x_stride = divided_up(given.inputs, FEW_ROWS_PADDING) * FEW_ROWS_PADDING;
+    std::vector<float> padded(given.rows * given.x_stride);
+    const auto* from = static_cast<const float*>(x.const_data_ptr());
+    for (std::int64_t row = 0; row < given.rows; ++row) {
+        std::copy_n(from + row * given.inputs, given.inputs, padded.data() + row * given.x_stride);
+    }
+    given.x = padded.data();
+    given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
+    given.weight_row_bytes = qweight.size(1);
+    given.outputs = qweight.size(0);
+    given.group = group;
+    given.group_code = pointer<std::uint8_t>(group_code);
+    given.scale = static_cast<const float*>(scale.const_data_ptr());
+    given.promoted = promoted;
+    given.bias = pointer<float>(bias);
+    given.out = static_cast<float*>(out.mutable_data_ptr());
+    const MultiplyFewRows multiply_few_rows = chosen(product_levels(), level).multiply_few_rows;
+    const std::int64_t outputs_per_task = std::max<std::int64_t>(1, WEIGHTS_PER_TASK / given.x_stride);
+    torch::stable::parallel_for(0, given.outputs, outputs_per_task, [&](std::int64_t first, std::int64_t last) {
+        multiply_few_rows(given, first, last);
+    });
+}
+
 STABLE_TORCH_LIBRARY(ditq_cpu, library) {
     library.def(
         "quantize_weight(Tensor weight, int group, Tensor rules, Tensor ratios, Tensor? limits, Tensor(a!) codes, "
@@ -160,6 +190,9 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
     library.def(
         "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, "
         "bool promoted, Tensor(a!) out, int level) -> ()");
+    library.def(
+        "few_rows(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, bool promoted, "
+        "Tensor(a!) out, int level) -> ()");
     library.def("weight_level_count() -> int");
     library.def("product_level_count() -> int");
 }
@@ -168,6 +201,7 @@ STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) {
     library.impl("quantize_weight", TORCH_BOX(&quantize_weight));
     library.impl("quantize_activation", TORCH_BOX(&quantize_activation));
     library.impl("linear_a8", TORCH_BOX(&linear_a8));
+    library.impl("few_rows", TORCH_BOX(&few_rows));
 }
 
 // How many levels run on this CPU: each of the first so many.

@@ -14,6 +14,7 @@ namespace ditq {
     namespace LEVEL {                                                                   \
     void round_activations(const ActivationRounding&, std::int64_t, std::int64_t);      \
     extern const Int8ProductLevel int8_product;                                         \
+    void multiply_few_rows(const FewRowsProduct&, std::int64_t, std::int64_t);          \
     }
 DITQ_WEIGHTS(baseline)
 #ifdef DITQ_X86
@@ -72,9 +73,9 @@ const std::vector<ProductLevel>& product_levels() {
         std::vector<ProductLevel> found;
 #ifdef DITQ_X86
         const Cpu cpu = this_cpu();
-        found.push_back({avx2::round_activations, &avx2::int8_product, cpu.avx2});
-        found.push_back({avx512_vnni::round_activations, &avx512_vnni::int8_product, cpu.avx512_vnni});
-        found.push_back({amx::round_activations, &amx::int8_product, cpu.amx});
+        found.push_back({avx2::round_activations, &avx2::int8_product, avx2::multiply_few_rows, cpu.avx2});
+        found.push_back({avx512_vnni::round_activations, &avx512_vnni::int8_product, avx512_vnni::multiply_few_rows, cpu.avx512_vnni});
+        found.push_back({amx::round_activations, &amx::int8_product, amx::multiply_few_rows, cpu.amx});
 #endif
         return found;
     }();

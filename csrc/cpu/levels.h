@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "few_rows_product.h"
 #include "int8_product.h"
 #include "quantize_activation.h"
 #include "quantize_weight.h"
@@ -18,6 +19,7 @@ struct WeightLevel {
 struct ProductLevel {
     RoundActivations round_activations;
     const Int8ProductLevel* int8_product;
+    MultiplyFewRows multiply_few_rows;
     bool runs_here;
 };
 

@@ -1,4 +1,6 @@
-"""The ops on CPU tensors: those of int8 activations by the extension for CPUs, others as the reference does."""
+"""The ops on CPU tensors: those of int8 activations and of few rows by the extension for CPUs, others as the reference
+does.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 from . import cpu_extension, reference
 from .packed_weight import PackedWeight
-from .reference import grad_input, linear_a16, norm_modulate
+from .reference import grad_input, norm_modulate
 
 __all__ = [
     "gelu_quantize",
@@ -58,3 +60,15 @@ def linear_a8(
     there = qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES
     implementation = cpu_extension if there else reference
     return implementation.linear_a8(qx, sx, weight, bias, out_dtype)
+
+
+def linear_a16(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """As :func:`.reference.linear_a16`, up to the order of sums; bit for bit where the rows are many."""
+    few = x.numel() and weight.out_features and x.shape[0] <= cpu_extension.FEW_ROWS
+    implementation = cpu_extension if few and x.dtype in cpu_extension.ACTIVATION_DTYPES else reference
+    return implementation.linear_a16(x, weight, bias, silu)

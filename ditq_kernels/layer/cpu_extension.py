@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .formats import CODE4_MAX, WeightFormat, largest_multiplier
 from .packed_weight import PackedWeight
@@ -19,6 +20,7 @@ LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves
 BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=1 pip install --no-build-isolation -e ."
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_ROWS = 16  # whose product is bound by reading weights
 OUTPUT_DTYPES = (*ACTIVATION_DTYPES, torch.int32)
 # Levels of instructions, as csrc/cpu/levels.cpp lists them: for rounding weights, and for activations and products.
 WEIGHT_LEVELS = ("baseline", "avx2", "avx512")
@@ -148,6 +150,34 @@ def linear_a8(
         _product_number(level),
     )
     return out
+
+
+def linear_a16(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    silu: bool = False,
+    level: str | None = None,
+) -> torch.Tensor:
+    """:func:`.reference.linear_a16` of what is not empty, up to the order of sums, reading each weight once: for
+    :data:`FEW_ROWS` rows.
+    """
+    fmt = weight.fmt
+    x = x.detach()
+    entering = (F.silu(x) if silu else x).to(torch.float32).contiguous()
+    out = torch.empty((x.shape[0], weight.out_features), dtype=torch.float32, device="cpu")
+    torch.ops.ditq_cpu.few_rows(
+        entering,
+        weight.qweight,
+        weight.scale,
+        weight.group_code if fmt.two_level else None,
+        bias if bias is None else bias.detach().to(torch.float32),
+        fmt.group or weight.in_features,
+        fmt.promoted,
+        out,
+        _product_number(level),
+    )
+    return out.to(x.dtype)
 
 
 def _product_number(level: str | None) -> int:
