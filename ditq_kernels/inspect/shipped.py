@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..kernels import activation, dense_product, expansion, gradient, in_loop_product, small_product
-from ..kernels.config import CONFIGS, Config, Problem, is_valid
+from ..kernels import activation, dense_product, early_start, expansion, gradient, in_loop_product, small_product
+from ..kernels.config import CONFIGS, MAX_ACTIVATION_BLOCK, Config, Problem, is_valid
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .compilation import Variant
 
@@ -139,22 +139,22 @@ def _gradient(fmt: WeightFormat) -> Variant:
     return Variant(f"{fmt.name} gradient", gradient.grad_input_kernel, types, constants, options, matrix="float")
 
 
-def _activation() -> Iterator[Variant]:
+def _activation(arch: int) -> Iterator[Variant]:
     for width, gelu in QUANTIZED_ROWS:
         for amax in (None, "*fp32"):
-            block, options = activation.specialise(width)
-            constants = dict(GELU=gelu, ONE_PASS=width <= block, BLOCK_K=block)
+            constants, options = activation.specialise(width, arch)
+            constants = dict(GELU=gelu, ONE_PASS=width <= MAX_ACTIVATION_BLOCK, **constants)
             types = dict(x="*bf16", amax=amax, codes="*i8", scales="*fp32")
             name = f"{f'gelu {gelu} ' if gelu else ''}quantize {'static' if amax else 'per token'} K={width}"
             yield Variant(name, activation.quantize_activation_kernel, types, constants, options)
     for width in NORM_WIDTHS:
         for kind in ("i8", "bf16"):
-            block, options = activation.specialise(width)
+            constants, options = activation.specialise(width, arch)
             scales = "*fp32" if kind == "i8" else None
             types = dict(x="*bf16", weight=None, bias=None, shift="*bf16", scale="*bf16", amax=None, eps="fp32")
             types |= dict(y=f"*{kind}", y_scales=scales)
             name = f"norm modulate to {kind} K={width}"
-            yield Variant(name, activation.norm_modulate_kernel, types, dict(BLOCK_K=block), options)
+            yield Variant(name, activation.norm_modulate_kernel, types, constants, options)
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -162,11 +162,15 @@ def variants(arch: int) -> Iterator[Variant]:
     for variant in _variants(arch):
         if "COMPILED" in variant.constants:
             variant = dataclasses.replace(variant, constants={**variant.constants, "COMPILED": True})
+        if "EARLY" in variant.constants:
+            early = arch >= early_start.FIRST_CAPABILITY
+            options = variant.options | early_start.launch_options(early)
+            variant = dataclasses.replace(variant, constants={**variant.constants, "EARLY": early}, options=options)
         yield variant
 
 
 def _variants(arch: int) -> Iterator[Variant]:
-    yield from _activation()
+    yield from _activation(arch)
     yield from _dense(arch)
     yield from _in_loop(arch)
     for fmt in WEIGHT_FORMATS.values():

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from ..layer.errors import UnsupportedError
 from .config import MAX_ACTIVATION_BLOCK
-from .device import launch_device
+from .device import describe, launch_device
+from .early_start import launch_options, starts_early, wait_for_earlier_kernels
 
 # reference.SMALLEST_AMAX; a test holds the two together.
 SMALLEST_AMAX = tl.constexpr(2.0**-100)
@@ -36,11 +37,10 @@ def _gelu(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _finite_magnitude(value):
-    """(|value| where it is finite, else 0; 1 where it is not): max() would drop NaN."""
+def _magnitude(value):
+    """|value|, infinite where it is not finite: max() would drop NaN."""
     magnitude = tl.abs(value)
-    finite = magnitude < float("inf")
-    return tl.where(finite, magnitude, 0.0), tl.where(finite, 0, 1)
+    return tl.where(magnitude < float("inf"), magnitude, float("inf"))
 
 
 @triton.jit
@@ -65,6 +65,13 @@ def _store_scale(scales, row, reach, row_is_finite):
 
 
 @triton.jit
+def _load_row(x_row, k, K, stride_k, MASKED: tl.constexpr, GELU: tl.constexpr):
+    place = x_row + k.to(tl.int64) * stride_k
+    value = tl.load(place, mask=k < K, other=0) if MASKED else tl.load(place)
+    return _gelu(value.to(tl.float32), GELU)
+
+
+@triton.jit
 def quantize_activation_kernel(
     x,
     amax,
@@ -74,40 +81,63 @@ def quantize_activation_kernel(
     stride_m,
     stride_k,
     GELU: tl.constexpr,
-    ONE_PASS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    REST: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program a row, which it keeps in registers if ``ONE_PASS``; a longer one is read a second time, from the
-    cache.
+    """One program a row, which it keeps in registers if ``ONE_PASS``: BLOCK_K columns, all of them there, and the rest,
+    of which there are up to REST. A longer row is read a second time, from the cache.
     """
+    if EARLY:
+        wait_for_earlier_kernels()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     x_row = x + row * stride_m
     codes_row = codes + row * K
     if ONE_PASS:
-        offset = columns.to(tl.int64) * stride_k
-        value = _gelu(tl.load(x_row + offset, mask=columns < K, other=0).to(tl.float32), GELU)
-        magnitude, broken = _finite_magnitude(value)
-        row_is_finite = tl.max(broken) == 0
-        reach = _reach(amax, tl.max(magnitude))
-        tl.store(codes_row + columns, _codes(value, tl.div_rn(127.0, reach), row_is_finite), mask=columns < K)
+        value = _load_row(x_row, columns, K, stride_k, False, GELU)
+        largest = tl.max(_magnitude(value))
+        if REST:
+            behind = BLOCK_K + tl.arange(0, REST)
+            rest = _load_row(x_row, behind, K, stride_k, True, GELU)
+            largest = tl.maximum(largest, tl.max(_magnitude(rest)))
+        row_is_finite = largest < float("inf")
+        reach = _reach(amax, largest)
+        factor = tl.div_rn(127.0, reach)
+        tl.store(codes_row + columns, _codes(value, factor, row_is_finite))
+        if REST:
+            tl.store(codes_row + behind, _codes(rest, factor, row_is_finite), mask=behind < K)
     else:
-        largest = tl.zeros([BLOCK_K], tl.float32)
-        broken = tl.zeros([BLOCK_K], tl.int32)
+        magnitude = tl.zeros([BLOCK_K], tl.float32)
         for start in range(0, K, BLOCK_K):
-            k = start + columns
-            value = _gelu(tl.load(x_row + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32), GELU)
-            magnitude, broken_here = _finite_magnitude(value)
-            largest = tl.maximum(largest, magnitude)
-            broken = tl.maximum(broken, broken_here)
-        row_is_finite = tl.max(broken) == 0
-        reach = _reach(amax, tl.max(largest))
+            value = _load_row(x_row, start + columns, K, stride_k, True, GELU)
+            magnitude = tl.maximum(magnitude, _magnitude(value))
+        largest = tl.max(magnitude)
+        row_is_finite = largest < float("inf")
+        reach = _reach(amax, largest)
         factor = tl.div_rn(127.0, reach)
         for start in range(0, K, BLOCK_K):
             k = start + columns
-            value = _gelu(tl.load(x_row + k.to(tl.int64) * stride_k, mask=k < K, other=0).to(tl.float32), GELU)
+            value = _load_row(x_row, k, K, stride_k, True, GELU)
             tl.store(codes_row + k, _codes(value, factor, row_is_finite), mask=k < K)
     _store_scale(scales, row, reach, row_is_finite)
+
+
+@triton.jit
+def _modulated(value, mean, deviation, k, K, weight, bias, shift, scale, MASKED: tl.constexpr):
+    """``norm(value) * (1 + scale) + shift`` of columns ``k``; absent parts None."""
+    inside = k < K if MASKED else None
+    value = (value - mean) * deviation
+    if weight is not None:
+        value = value * tl.load(weight + k, mask=inside).to(tl.float32)
+    if bias is not None:
+        value = value + tl.load(bias + k, mask=inside).to(tl.float32)
+    if scale is not None:
+        value = value * (1.0 + tl.load(scale + k, mask=inside).to(tl.float32))
+    if shift is not None:
+        value = value + tl.load(shift + k, mask=inside).to(tl.float32)
+    return value
 
 
 @triton.jit(do_not_specialize=["rows_per_batch"])
@@ -128,46 +158,69 @@ def norm_modulate_kernel(
     stride_scale,
     eps,
     BLOCK_K: tl.constexpr,
+    REST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """LayerNorm and modulation of one row, ``norm(x) * (1 + scale) + shift``; quantized if ``y`` is int8. One program a
-    row, kept in registers.
+    row, kept in registers as in :func:`quantize_activation_kernel`.
     """
+    if EARLY:
+        wait_for_earlier_kernels()
     program = tl.program_id(0)
     batch = (program // rows_per_batch).to(tl.int64)
     inside_batch = program % rows_per_batch
     row = program.to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    inside = k < K
-    value = tl.load(x + batch * stride_batch + inside_batch * stride_m + k, mask=inside, other=0).to(tl.float32)
-    mean = tl.sum(value) / K
-    centred = tl.where(inside, value - mean, 0.0)
-    value = centred * tl.rsqrt(tl.sum(centred * centred) / K + eps)
-    if weight is not None:
-        value = value * tl.load(weight + k, mask=inside, other=0).to(tl.float32)
-    if bias is not None:
-        value = value + tl.load(bias + k, mask=inside, other=0).to(tl.float32)
-    if scale is not None:
-        value = value * (1.0 + tl.load(scale + batch * stride_scale + k, mask=inside, other=0).to(tl.float32))
+    x_row = x + batch * stride_batch + inside_batch * stride_m
     if shift is not None:
-        value = value + tl.load(shift + batch * stride_shift + k, mask=inside, other=0).to(tl.float32)
+        shift += batch * stride_shift
+    if scale is not None:
+        scale += batch * stride_scale
+    k = tl.arange(0, BLOCK_K)
+    value = tl.load(x_row + k).to(tl.float32)
+    total = tl.sum(value)
+    if REST:
+        behind = BLOCK_K + tl.arange(0, REST)
+        inside = behind < K
+        rest = tl.load(x_row + behind, mask=inside, other=0).to(tl.float32)
+        total += tl.sum(rest)
+    mean = total / K
+    squares = tl.sum((value - mean) * (value - mean))
+    if REST:
+        squares += tl.sum(tl.where(inside, (rest - mean) * (rest - mean), 0.0))
+    deviation = tl.rsqrt(squares / K + eps)
+    value = _modulated(value, mean, deviation, k, K, weight, bias, shift, scale, False)
+    if REST:
+        rest = _modulated(rest, mean, deviation, behind, K, weight, bias, shift, scale, True)
+    y_row = y + row * K
     if y.dtype.element_ty == tl.int8:
-        magnitude, broken = _finite_magnitude(value)
-        row_is_finite = tl.max(broken) == 0
-        reach = _reach(amax, tl.max(magnitude))
-        tl.store(y + row * K + k, _codes(value, tl.div_rn(127.0, reach), row_is_finite), mask=inside)
+        largest = tl.max(_magnitude(value))
+        if REST:
+            largest = tl.maximum(largest, tl.max(tl.where(inside, _magnitude(rest), 0.0)))
+        row_is_finite = largest < float("inf")
+        reach = _reach(amax, largest)
+        factor = tl.div_rn(127.0, reach)
+        tl.store(y_row + k, _codes(value, factor, row_is_finite))
+        if REST:
+            tl.store(y_row + behind, _codes(rest, factor, row_is_finite), mask=inside)
         _store_scale(y_scales, row, reach, row_is_finite)
     else:
-        tl.store(y + row * K + k, value.to(y.dtype.element_ty), mask=inside)
+        tl.store(y_row + k, value.to(y.dtype.element_ty))
+        if REST:
+            tl.store(y_row + behind, rest.to(y.dtype.element_ty), mask=inside)
 
 
 @functools.cache
-def specialise(columns: int) -> tuple[int, dict[str, int | bool]]:
-    """(BLOCK_K, launch options) of a kernel over rows of ``columns``."""
-    block = min(triton.next_power_of_2(max(columns, 1)), MAX_ACTIVATION_BLOCK)
-    # Sixteen values a thread, which two 16-byte loads bring.
-    warps = min(max(block // 512, 1), 16)
+def specialise(columns: int, capability: int) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    """(compile-time constants, launch options) of a kernel over rows of ``columns``. Powers of two are what a program
+    can hold: the largest in the row, and one for what is left of it, waste less than one for all.
+    """
+    whole = min(1 << max(columns.bit_length() - 1, 0), MAX_ACTIVATION_BLOCK)
+    rest = triton.next_power_of_2(columns - whole) if whole < columns <= MAX_ACTIVATION_BLOCK else 0
+    warps = whole // 1024 if whole > 4096 else max(min(whole // 1024, 2), 1)  # the fastest on an H200, or close to it
+    early = starts_early(capability)
     # A fused multiply-add would round once where the definition rounds twice.
-    return block, dict(num_warps=warps, enable_fp_fusion=False)
+    options = dict(num_warps=warps, enable_fp_fusion=False) | launch_options(early)
+    return dict(BLOCK_K=whole, REST=rest, EARLY=early), options
 
 
 def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +228,7 @@ def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[to
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block, options = specialise(columns)
+        constants, options = specialise(columns, describe(x.device).capability)
         with launch_device(x):
             quantize_activation_kernel[(rows,)](
                 x,
@@ -186,8 +239,8 @@ def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[to
                 x.stride(0),
                 x.stride(1),
                 GELU=gelu,
-                ONE_PASS=columns <= block,
-                BLOCK_K=block,
+                ONE_PASS=0 < columns <= MAX_ACTIVATION_BLOCK,
+                **constants,
                 **options,
             )
     return codes, scales
@@ -222,12 +275,12 @@ def _norm_modulate(
             f"norm_modulate on the triton backend takes up to {MAX_ACTIVATION_BLOCK} columns, got {columns}; "
             "use the reference backend"
         )
-    if not (batches and rows):
+    if not (batches and rows and columns):
         return
     if x.stride(2) != 1 and columns > 1:
         x = x.contiguous()
     shift, scale = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
-    block, options = specialise(columns)
+    constants, options = specialise(columns, describe(x.device).capability)
     with launch_device(x):
         norm_modulate_kernel[(rows * batches,)](
             x,
@@ -245,7 +298,7 @@ def _norm_modulate(
             0 if shift is None else shift.stride(0),
             0 if scale is None else scale.stride(0),
             eps,
-            BLOCK_K=block,
+            **constants,
             **options,
         )
 
