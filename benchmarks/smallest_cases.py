@@ -22,7 +22,7 @@ from ditq_kernels.benchmark.cases import Case
 from ditq_kernels.benchmark.checks import Check, check_product
 from ditq_kernels.benchmark.contenders import DTYPE, Inputs
 from ditq_kernels.benchmark.tune import Task, operands_of, oracle_of, problem_of, product_with
-from ditq_kernels.kernels.config import GRADIENT_TILE, arithmetic, candidates
+from ditq_kernels.kernels.config import EXTENSION_ROUTES, GRADIENT_TILE, arithmetic, candidates
 from ditq_kernels.kernels.dispatch import chosen
 from ditq_kernels.layer import reference
 from ditq_kernels.layer.error_budget import capability_of, product_oracle, silu_operand
@@ -48,7 +48,7 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
             operands, oracle = operands_of(task, inputs), oracle_of(task, inputs)
             seen = set()
             for config in candidates(problem_of(task, operands)):
-                interpreted = config.route == "cuda" and device.type != "cuda"  # the extension has no interpreter
+                interpreted = config.route in EXTENSION_ROUTES and device.type != "cuda"  # it has no interpreter
                 if (config.route, config.descriptors) in seen or interpreted:
                     continue
                 seen.add((config.route, config.descriptors))

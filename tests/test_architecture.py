@@ -36,7 +36,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__main__",),
     ),
     "kernels": (
-        ("config", "decode", "epilogue", "interpreter", "operands", "silu", "tile_order"),
+        ("decode", "epilogue", "hopper_costs", "interpreter", "operands", "silu", "tile_order"),
+        ("config", "early_start"),
         ("device", "tables"),
         ("activation", "dense_product", "in_loop_product", "small_product"),
         ("expansion",),
@@ -86,8 +87,14 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("machine",),
         ("driver",),
         ("cuda",),
+        ("cuda_int8",),
     ),
-    "inspect/cases": (("__init__", "case", "inputs"), ("products",), ("edges", "passes", "extension")),
+    "inspect/cases": (
+        ("__init__", "case", "inputs"),
+        ("products",),
+        ("edges", "passes", "extension"),
+        ("extension_int8",),
+    ),
     "integrations": (
         ("__init__", "config", "peft", "pictures"),
         ("loading", "saving"),

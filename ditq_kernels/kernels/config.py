@@ -1,7 +1,8 @@
 """Which kernel a product runs on, and in which form: one problem, one config, one validity predicate, one heuristic.
 Pure Python; nothing is compiled, launched or measured here.
 
-The heuristic's constants are reasoned and not measured. A table of measured winners (:mod:`.tables`) goes before it.
+The heuristic's constants are reasoned and not measured, but for Hopper's (:mod:`.hopper_costs`). A table of measured
+winners (:mod:`.tables`) goes before it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..layer.error_budget import PLAIN, Arithmetic
-from ..layer.formats import WeightFormat
+from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from ..layer.packing import HALF_BLOCK
+from . import hopper_costs
 
 MAX_ACTIVATION_BLOCK = 16384  # columns that one program of a row-wise kernel holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights
-SCRATCH_BYTES = 16 << 20  # what a weight is decoded into at a time, to stay in the L2 cache
+SCRATCH_BYTES = 96 << 20  # what a weight is decoded into at a time: stretches cost more than the L2 cache saves
 # Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -99,12 +101,17 @@ class Config:
     instance: int = 0
 
     def __str__(self) -> str:
-        if self.route == "cuda":
-            return f"cuda instance {self.instance}"
+        if self.route in EXTENSION_ROUTES:
+            return f"{self.route} instance {self.instance}"
         tile = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
         warps = f" warps={self.num_warps} stages={self.num_stages}" if tile else ""
         return f"{self.route} {tile}{warps}{' descriptors' if self.descriptors else ''}".strip()
 
+
+# Routes of the CUDA extension, and instances of its int8 product: the places of extension.TILES, which a test holds
+# together with this.
+EXTENSION_ROUTES = ("cuda", "expanded_cuda")
+EXTENSION_TILES = 8
 
 # What each route may be run with; `ditq tune` measures these. The keys are the routes:
 # small     reads each weight once, multiplies without matrix instructions
@@ -112,6 +119,7 @@ class Config:
 # int8      int8 weights as they are stored
 # expanded  decodes the weights into a scratch first and multiplies that; by cuBLAS where no tile is given
 # cuda      the CUDA extension's kernel
+# expanded_cuda  the same of weights that are decoded into a scratch first
 _DENSE_TILES = (
     Config("", 128, 256, 128, 8, 3),
     Config("", 128, 128, 128, 8, 3),
@@ -156,7 +164,10 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "int8": _dense("int8"),
     "expanded": (Config("expanded"), *_dense("expanded")),
-    "cuda": tuple(Config("cuda", instance=instance) for instance in range(5)),
+    **{
+        route: tuple(Config(route, instance=instance) for instance in range(EXTENSION_TILES))
+        for route in EXTENSION_ROUTES
+    },
 }
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
@@ -227,7 +238,9 @@ def _route_is_valid(config: Config, problem: Problem) -> bool:
     if config.route == "expanded":
         # fp32 products are cuBLAS': on sm_100 Triton 3.7 rounds the operands to TF32, whatever precision is asked for.
         return problem.activation_bytes == 2 or not config.block_m
-    return config.route == "cuda" and _extension_computes(config, problem)
+    if config.route == "expanded_cuda" and not (integer and fmt.two_level):
+        return False
+    return config.route in EXTENSION_ROUTES and _extension_computes(config, problem)
 
 
 def _extension_computes(config: Config, problem: Problem) -> bool:
@@ -238,7 +251,8 @@ def _extension_computes(config: Config, problem: Problem) -> bool:
 
     shape = (problem.rows, problem.out_features, problem.in_features)
     if problem.activation_bytes == 1:
-        reason = extension.why_unsupported_a8(*shape, problem.fmt, torch.bfloat16, problem.capability)
+        fmt = WEIGHT_FORMATS["w8"] if config.route == "expanded_cuda" else problem.fmt  # what the scratch holds
+        reason = extension.why_unsupported_a8(*shape, fmt, torch.bfloat16, problem.capability)
     else:
         dtype = torch.bfloat16 if problem.activation_bytes == 2 else torch.float32
         reason = extension.why_unsupported_a16(*shape, problem.fmt, dtype, problem.capability)
@@ -250,7 +264,7 @@ def is_valid(config: Config, problem: Problem) -> bool:
     """Whether ``config`` computes ``problem`` and fits its shared memory and registers."""
     if not _route_is_valid(config, problem):
         return False
-    if config.route == "expanded" and problem.rows <= SMALL_M and problem.activation_bytes <= 2:
+    if config.route.startswith("expanded") and problem.rows <= SMALL_M and problem.activation_bytes <= 2:
         return False  # the scratch would cost more than the product
     if config.block_k and config.block_k * problem.activation_bytes != SWIZZLE_BYTES:
         return False
@@ -273,7 +287,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
     return (config for route in CONFIGS.values() for config in route if is_valid(config, problem))
 
 
-# The heuristic's constants. None was measured; what was counted says so.
+# The heuristic's constants where nothing was timed: on all but Hopper. What was counted says so.
 # A tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products.
 EDGE_COST = 32.0
 DECODE_COST = {1: 0.12, 2: 0.5}  # share that decoding in the loop adds, by the activations' bytes
@@ -293,12 +307,8 @@ def _tiled_cost(block_m: int, block_n: int, problem: Problem) -> float:
     return cdiv(tiles, problem.multiprocessors) * block_m * block_n * (1 + EDGE_COST * (1 / block_m + 1 / block_n))
 
 
-def estimate(config: Config, problem: Problem) -> float:
-    """The heuristic's figure for the duration, comparable among the configurations of one problem, but for the
-    extension's, which it knows nothing of.
-    """
-    if config.route in ("small", "cuda"):
-        return 0.0  # where the small product is valid, nothing reads the weights faster
+def _assumed(config: Config, problem: Problem) -> float:
+    """The figure for a duration where nothing was timed: of no unit, comparable among one problem's configurations."""
     if config.block_m:
         cost = _tiled_cost(config.block_m, config.block_n, problem)
         if family(problem.capability) in WARPGROUP_FAMILIES and not config.descriptors:
@@ -313,9 +323,40 @@ def estimate(config: Config, problem: Problem) -> float:
     return cost - 1e-3 * config.num_stages  # deeper pipelines first
 
 
-def heuristic(problem: Problem) -> Config:
-    """The valid configuration with the smallest :func:`estimate`; the first listed among equals. Never the CUDA
-    extension: only a measurement may choose it.
+def _on_hopper(config: Config, problem: Problem) -> float:
+    """Microseconds, from what was timed."""
+    shape = problem.rows, problem.out_features, problem.in_features
+    form = config.block_m, config.block_n, config.num_warps, config.num_stages, config.descriptors
+    if config.route == "in_loop":
+        costs = hopper_costs.IN_LOOP[problem.fmt.bits, problem.activation_bytes]
+        return hopper_costs.tiled(costs[form], form, *shape, problem.multiprocessors)
+    if config.route in EXTENSION_ROUTES:
+        cost = hopper_costs.extension_product(config.instance, *shape, problem.multiprocessors)
+    elif problem.activation_bytes == 1:
+        cost = hopper_costs.tiled(hopper_costs.DENSE_INT8[form], form, *shape, problem.multiprocessors)
+    else:
+        cost = hopper_costs.cublas(*shape) * (hopper_costs.DENSE_16_TO_CUBLAS if config.block_m else 1.0)
+    if config.route.startswith("expanded"):
+        cost += hopper_costs.expansion(problem.out_features, problem.in_features, problem.activation_bytes)
+    return cost
+
+
+def estimate(config: Config, problem: Problem) -> float:
+    """The heuristic's figure for the duration, comparable among the configurations of one problem; in microseconds on
+    Hopper.
     """
-    ours = (config for config in candidates(problem) if config.route != "cuda")
-    return min(ours, key=lambda config: estimate(config, problem))
+    # Where these are valid, nothing reads the weights faster; the extension's was the faster one wherever both ran.
+    if config.route == "small" or (config.route == "cuda" and problem.activation_bytes > 1):
+        return 0.0 if config.route == "small" else -1.0
+    return (_on_hopper if family(problem.capability) == 9 else _assumed)(config, problem)
+
+
+def heuristic(problem: Problem, extension: bool = True) -> Config:
+    """The valid configuration with the smallest :func:`estimate`; the first listed among equals.
+
+    Args:
+        extension: whether the CUDA extension may be chosen. It is where it was timed: on Hopper.
+    """
+    extension = extension and family(problem.capability) == 9
+    possible = (config for config in candidates(problem) if extension or config.route not in EXTENSION_ROUTES)
+    return min(possible, key=lambda config: estimate(config, problem))

@@ -55,17 +55,23 @@ def _chosen(
     activation_bytes: int,
     fmt: WeightFormat,
     device: Device,
-    out_dtype: torch.dtype,
+    output_bytes: int,
+    may_be_extension: bool,
 ) -> Config:
-    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device, out_dtype.itemsize)
-    return tables.choose(problem, device.name, extension=out_dtype in HALF_PRECISION)
+    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device, output_bytes)
+    return tables.choose(problem, device.name, may_be_extension)
+
+
+def takes_extension(x: torch.Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether the CUDA extension may be chosen: for tensors that it can read, and dtypes that it was timed with."""
+    return x.is_cuda and out_dtype in HALF_PRECISION
 
 
 def chosen(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: torch.dtype) -> Config:
     """The configuration that a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` runs by if none is given."""
     rows, in_features = x.shape
-    device = describe(x.device)
-    return _chosen(row_class(rows), out_features, in_features, x.element_size(), fmt, device, out_dtype)
+    of_x = in_features, x.element_size(), fmt, describe(x.device)
+    return _chosen(row_class(rows), out_features, *of_x, out_dtype.itemsize, takes_extension(x, out_dtype))
 
 
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
@@ -101,7 +107,7 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
             return small_product(operands, config)
         if config.route == "in_loop":
             return in_loop_product(operands, config)
-        if config.route == "expanded":
+        if config.route in ("expanded", "expanded_cuda"):
             return expanded_product(operands, config, device.multiprocessors)
         if config.route == "cuda":
             return _extension_product(operands, config)

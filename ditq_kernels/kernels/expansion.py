@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..layer import extension
 from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from ..layer.packing import BLOCK as _BLOCK
@@ -137,6 +138,10 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
         expand(operands.weight, first, scratch[:count])
         product, w = y[:, first : first + count], scratch[:count]
         bias = None if operands.bias is None else operands.bias[first : first + count]
+        if config.route == "expanded_cuda":
+            scale = operands.weight.scale[first : first + count]
+            extension.int8_product(x, operands.sx, w, scale, bias, product, config.instance)
+            continue
         if config.block_m:
             scale = operands.weight.scale[first : first + count] if x.dtype == torch.int8 else None
             dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
-from .config import ROW_CLASSES, Config, Problem, heuristic, is_valid
+from .config import EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, heuristic, is_valid
 
 SHIPPED = Path(__file__).parent / "measured"
 DIRECTORY_VARIABLE = "DITQ_TABLES"
@@ -125,11 +125,11 @@ def choose(problem: Problem, gpu_name: str, extension: bool = True) -> Config:
     found, source = None, "heuristic"
     for directory in (user_directory(), SHIPPED):
         found = _winners(directory, gpu_name).get(key)
-        if found is not None and (extension or found.route != "cuda") and is_valid(found, problem):
+        if found is not None and (extension or found.route not in EXTENSION_ROUTES) and is_valid(found, problem):
             source = str(table_path(directory, gpu_name))
             break
         found = None
-    config = found or heuristic(problem)
+    config = found or heuristic(problem, extension)
     if os.environ.get(PRINT_VARIABLE) == "1":
         rows = f"M <= {problem.rows}" if problem.rows < ROW_CLASSES[-1] else f"M > {ROW_CLASSES[-2]}"
         print(

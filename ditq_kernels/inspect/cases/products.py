@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ...kernels import dispatch
-from ...kernels.config import CONFIGS, ROW_CLASSES, Config, Problem, arithmetic, is_valid
+from ...kernels.config import CONFIGS, EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, arithmetic, is_valid
 from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from .case import SHORT, Case, case_of, equal, within_budget
@@ -45,7 +45,7 @@ def selectable(fmt: WeightFormat, activation_bytes: int, output_bytes: int, arch
         config
         for route in CONFIGS.values()
         for config in route
-        if config.route != "cuda" and any(is_valid(config, problem) for problem in problems)
+        if config.route not in EXTENSION_ROUTES and any(is_valid(config, problem) for problem in problems)
     )
 
 
