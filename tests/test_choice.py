@@ -196,7 +196,7 @@ def test_the_extension_is_chosen_where_it_was_timed(runs_by, monkeypatch):
     """On Hopper; and not where results are wider than it writes."""
     monkeypatch.setattr(extension, "why_unavailable", lambda: None)
     assert runs_by(512, 1152, 1152, 1, W8).route == "int8"  # of a tensor on no GPU
-    monkeypatch.setattr(dispatch, "takes_extension", lambda x, out_dtype: True)
+    monkeypatch.setattr(dispatch, "takes_extension", lambda *_: True)
     dispatch._chosen.cache_clear()
     for rows in (17, 512, 4096):
         assert runs_by(rows, 1152, 1152, 1, W8).route == "cuda"
@@ -208,13 +208,29 @@ def test_the_extension_is_chosen_where_it_was_timed(runs_by, monkeypatch):
     assert config.heuristic(problem(512, 1152, 1152, 1, W8), extension=False).route == "int8"
 
 
-def test_dtypes_that_the_extension_was_not_timed_with_do_not_take_it():
-    class OnAGpu(NamedTuple):
-        is_cuda: bool
+class Placed(NamedTuple):
+    """What is asked of a tensor."""
 
+    is_cuda: bool
+    address: int = 0
+    dtype: torch.dtype = torch.int8
+
+    def data_ptr(self):
+        return self.address
+
+
+def test_dtypes_that_the_extension_was_not_timed_with_do_not_take_it():
     for dtype, takes in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False), (torch.int32, False)):
-        assert dispatch.takes_extension(OnAGpu(True), dtype) is takes
-        assert not dispatch.takes_extension(OnAGpu(False), dtype)
+        assert dispatch.takes_extension(Placed(True), dtype) is takes
+        assert not dispatch.takes_extension(Placed(False), dtype)
+
+
+def test_operands_that_begin_anywhere_do_not_take_the_extensions_int8_product():
+    for x, weight in ((0, 8), (8, 0), (4, 4)):
+        assert not dispatch.takes_extension(Placed(True, x), torch.bfloat16, Placed(True, weight))
+        few_rows = Placed(True, x, torch.bfloat16)
+        assert dispatch.takes_extension(few_rows, torch.bfloat16, Placed(True, weight))
+    assert dispatch.takes_extension(Placed(True, 32), torch.bfloat16, Placed(True, 16))
 
 
 def test_elsewhere_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):
@@ -269,7 +285,7 @@ def test_a_winner_that_is_not_valid_here_is_passed_over(tmp_path):
     assert tables.choose(given, "gpu") == config.heuristic(given)
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 1, "entries": [{}], "runs": []}'])
+@pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 2, "entries": [{}], "runs": []}'])
 def test_a_broken_table_is_named(content, tmp_path):
     tables.table_path(tmp_path, "gpu").write_text(content)
     with pytest.raises(ValueError, match=r"gpu\.json is not a table .* write it anew with ditq tune"):

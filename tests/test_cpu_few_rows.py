@@ -84,6 +84,15 @@ def test_few_rows_are_taken_and_many_left_to_the_reference(monkeypatch):
     assert taken == [1, FEW_ROWS]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_whose_sums_would_overflow_are_left_to_the_reference(dtype):
+    weight, x = weight_of(WEIGHT_FORMATS["w8"], 5, 129), torch.zeros(2, 129, dtype=dtype)
+    x[0, 0], x[1, 3] = 1e37, torch.nan
+    found, expected = cpu.linear_a16(x, weight, None), reference.linear_a16(x, weight, None)
+    assert expected[0].isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_layers_of_few_rows_take_it_and_have_their_gradient(monkeypatch):
     layer = QuantLinear.from_linear(torch.nn.Linear(256, 48), "w4a16_g128")
     x = torch.randn(2, 3, 256, generator=generator(2), requires_grad=True)
@@ -93,3 +102,8 @@ def test_layers_of_few_rows_take_it_and_have_their_gradient(monkeypatch):
         expected = layer(x.detach().requires_grad_())
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad[0, 0], reference.dequantize(layer.packed_weight).sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_library_of_older_sources_is_named(monkeypatch):
+    monkeypatch.setattr(torch.ops, "ditq_cpu", object())
+    assert "built from older sources; " in cpu_extension.why_unavailable.__wrapped__()

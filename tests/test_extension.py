@@ -176,6 +176,17 @@ def test_the_int8_product_says_what_is_wrong(changes, words, ops):
         ops.int8_product(**int8_arguments(**changes))
 
 
+@needs_nvcc
+def test_a_library_of_older_sources_is_named(ops, monkeypatch):
+    class Older:
+        class default:
+            _schema = "ditq_cuda::int8_product(Tensor qx, ScalarType out_dtype, int tile) -> Tensor"
+
+    monkeypatch.setattr(torch.ops.ditq_cuda, "int8_product", Older)
+    monkeypatch.setattr(extension, "_failure", extension._failure.__wrapped__)
+    assert re.search("built from older sources; .*DITQ_BUILD_CUDA=1", extension.why_unavailable())
+
+
 def test_without_the_library_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(extension, "_failure", extension._failure.__wrapped__)

@@ -168,7 +168,7 @@ def norm_modulate_kernel(
         wait_for_earlier_kernels()
     program = tl.program_id(0)
     batch = (program // rows_per_batch).to(tl.int64)
-    inside_batch = program % rows_per_batch
+    inside_batch = (program % rows_per_batch).to(tl.int64)
     row = program.to(tl.int64)
     x_row = x + batch * stride_batch + inside_batch * stride_m
     if shift is not None:
@@ -338,5 +338,7 @@ def norm_modulate_quantize(
     rows = x.shape[0] * x.shape[1]
     codes = torch.empty((rows, x.shape[2]), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if not x.shape[2]:
+        return codes, scales.fill_(float("nan"))  # the mean of nothing
     _norm_modulate(x, weight, bias, shift, scale, amax, eps, codes, scales)
     return codes, scales

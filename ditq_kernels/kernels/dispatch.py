@@ -62,16 +62,30 @@ def _chosen(
     return tables.choose(problem, device.name, may_be_extension)
 
 
-def takes_extension(x: torch.Tensor, out_dtype: torch.dtype) -> bool:
+VECTOR_BYTES = 16  # at whose multiples the extension's int8 operands begin
+
+
+def takes_extension(x: torch.Tensor, out_dtype: torch.dtype, qweight: torch.Tensor | None = None) -> bool:
     """Whether the CUDA extension may be chosen: for tensors that it can read, and dtypes that it was timed with."""
-    return x.is_cuda and out_dtype in HALF_PRECISION
+    if not (x.is_cuda and out_dtype in HALF_PRECISION):
+        return False
+    address = x.data_ptr() | (0 if qweight is None else qweight.data_ptr())
+    return x.dtype != torch.int8 or address % VECTOR_BYTES == 0
 
 
-def chosen(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: torch.dtype) -> Config:
-    """The configuration that a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` runs by if none is given."""
+def chosen(
+    x: torch.Tensor,
+    out_features: int,
+    fmt: WeightFormat,
+    out_dtype: torch.dtype,
+    qweight: torch.Tensor | None = None,
+) -> Config:
+    """The configuration that a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` runs by if none is given.
+    ``qweight``: as stored, None for one that begins where an allocation does.
+    """
     rows, in_features = x.shape
     of_x = in_features, x.element_size(), fmt, describe(x.device)
-    return _chosen(row_class(rows), out_features, *of_x, out_dtype.itemsize, takes_extension(x, out_dtype))
+    return _chosen(row_class(rows), out_features, *of_x, out_dtype.itemsize, takes_extension(x, out_dtype, qweight))
 
 
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
@@ -98,7 +112,7 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         x = x.contiguous()
     device = describe(x.device)
     if config is None:
-        config = chosen(x, out_features, weight.fmt, operands.out_dtype)
+        config = chosen(x, out_features, weight.fmt, operands.out_dtype, weight.qweight)
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)

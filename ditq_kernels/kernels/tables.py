@@ -24,7 +24,7 @@ from .config import EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, heuristic, i
 SHIPPED = Path(__file__).parent / "measured"
 DIRECTORY_VARIABLE = "DITQ_TABLES"
 PRINT_VARIABLE = "DITQ_PRINT_CONFIG"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 numbered other tiles of the extension
 
 
 @dataclass(frozen=True)

@@ -70,5 +70,7 @@ def linear_a16(
 ) -> torch.Tensor:
     """As :func:`.reference.linear_a16`, up to the order of sums; bit for bit where the rows are many."""
     few = x.numel() and weight.out_features and x.shape[0] <= cpu_extension.FEW_ROWS
-    implementation = cpu_extension if few and x.dtype in cpu_extension.ACTIVATION_DTYPES else reference
+    takes = few and x.dtype in cpu_extension.ACTIVATION_DTYPES
+    takes = takes and bool(x.abs().amax() <= cpu_extension.LARGEST_OF_FEW_ROWS)
+    implementation = cpu_extension if takes else reference
     return implementation.linear_a16(x, weight, bias, silu)

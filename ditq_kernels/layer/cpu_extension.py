@@ -21,6 +21,7 @@ BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 16  # whose product is bound by reading weights
+LARGEST_OF_FEW_ROWS = 1e30  # activations whose sums with integers, before they are scaled, fp32 holds
 OUTPUT_DTYPES = (*ACTIVATION_DTYPES, torch.int32)
 # Levels of instructions, as csrc/cpu/levels.cpp lists them: for rounding weights, and for activations and products.
 WEIGHT_LEVELS = ("baseline", "avx2", "avx512")
@@ -36,6 +37,8 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
+    if not hasattr(torch.ops.ditq_cpu, "few_rows"):
+        return f"the CPU extension was built from older sources; {BUILD_IT}"
     return None
 
 

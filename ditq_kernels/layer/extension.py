@@ -77,6 +77,8 @@ def _failure() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CUDA extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
+    if "Tensor(a!) y" not in str(torch.ops.ditq_cuda.int8_product.default._schema):
+        return f"the CUDA extension was built from older sources; {BUILD_IT}"
     torch.library.register_fake("ditq_cuda::small_product", _small_product_fake)
     torch.library.register_fake("ditq_cuda::int8_product", _int8_product_fake)
     return None
