@@ -16,8 +16,9 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("files", "memory", "progress", "revision", "shapes"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
-        ("layer/packing", "layer/packed_weight"),
+        ("layer/packing", "layer/packed_weight", "layer/grid"),
         ("layer/cpu_extension",),
+        ("layer/compensation",),
         ("layer/quantizer", "layer/reference", "layer/extension"),
         ("layer/cpu", "layer/operands", "layer/replaced_weight", "layer/weight_view"),
         ("kernels",),

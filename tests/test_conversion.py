@@ -8,8 +8,8 @@ from small_models import dit_inputs, snapshot, tiny_dit, tiny_inputs, tiny_model
 from torch import nn
 
 from ditq_kernels.checkpoint.store import load, save
+from ditq_kernels.layer.compensation import compensation_bytes
 from ditq_kernels.layer.linear import QuantLinear
-from ditq_kernels.layer.quantizer import compensation_bytes
 from ditq_kernels.memory import MemoryWarning
 from ditq_kernels.model.calibration import calibrate
 from ditq_kernels.model.conversion import quantize, quantized_layers

@@ -6,7 +6,8 @@ from oracle import generator
 
 from ditq_kernels.layer import cpu_extension, quantizer
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
-from ditq_kernels.layer.quantizer import ZERO_POINT_RULES, quantize_weight
+from ditq_kernels.layer.grid import DEFAULT_ZERO_POINT, INT8_RULES, RULE_NUMBERS, ZERO_POINT_RULES
+from ditq_kernels.layer.quantizer import quantize_weight
 
 pytestmark = [
     pytest.mark.skipif(cpu_extension.why_unavailable() is not None, reason=str(cpu_extension.why_unavailable())),
@@ -40,8 +41,8 @@ def assert_same(found, expected):
             assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other), name
 
 
-def by_passes(w, fmt, clip=None, zero_point=quantizer.DEFAULT_ZERO_POINT):
-    return quantizer._rounded(w.to(torch.float32), fmt, None, clip, zero_point)
+def by_passes(w, fmt, clip=None, zero_point=DEFAULT_ZERO_POINT):
+    return quantizer._rounded(w.to(torch.float32), fmt, clip, zero_point)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,8 +69,8 @@ def test_every_level_of_instructions_rounds_alike(fmt, level):
     if level not in cpu_extension.weight_levels():
         pytest.skip(f"this CPU has no {level} instructions")
     w = weights(64, 1152, seed=3)
-    rules = quantizer.ZERO_POINT_RULES["best"] if fmt.two_level else quantizer.INT8_RULES
-    numbers = [quantizer.RULE_NUMBERS[rule] for rule in rules]
+    rules = ZERO_POINT_RULES["best"] if fmt.two_level else INT8_RULES
+    numbers = [RULE_NUMBERS[rule] for rule in rules]
     *parts, doubtful, broken = cpu_extension.quantize_weight(w, fmt, numbers, (0.9,), level)
     certain = (~doubtful).nonzero().flatten()
     assert len(certain) > 50 and not broken.any()

@@ -16,8 +16,8 @@ from ditq_kernels.demo.experiments.__main__ import EXPERIMENTS
 from ditq_kernels.demo.experiments.lab import Case, Lab, Protocol
 from ditq_kernels.demo.experiments.records import Records
 from ditq_kernels.demo.experiments.simulated import WeightRounding
+from ditq_kernels.layer.grid import DEFAULT_ZERO_POINT
 from ditq_kernels.layer.linear import QuantLinear
-from ditq_kernels.layer.quantizer import DEFAULT_ZERO_POINT
 
 DOCS = Path(__file__).parent.parent / "docs"
 QUICK = Protocol(pictures=2, steps=2, calibration_pictures=2)

@@ -4,9 +4,10 @@ from oracle import linear
 
 from ditq_kernels.layer import cpu_extension, quantizer
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.grid import CLIP_RATIOS, ZERO_POINT_RULES, fit_grid
 from ditq_kernels.layer.packed_weight import PackedWeight
 from ditq_kernels.layer.packing import LAYOUTS, pack_groups
-from ditq_kernels.layer.quantizer import CLIP_RATIOS, ZERO_POINT_RULES, fit_grid, quantize_weight, round_to
+from ditq_kernels.layer.quantizer import quantize_weight
 from ditq_kernels.layer.reference import dequantize
 
 FORMATS = pytest.mark.parametrize("fmt", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
@@ -211,7 +212,7 @@ def test_a_clip_search_finds_the_best_of_all_ratios():
 
     def errors(clip):
         grid = fit_grid(weight, 32, ZERO_POINT_RULES["symmetric"], clip, 0, 15)
-        of_each = (grid.values(round_to(grid, weight)) - weight).double().square()
+        of_each = (grid.values(grid.round(weight)) - weight).double().square()
         return of_each.view(16, -1, 32).sum(-1)
 
     by_ratio = torch.stack([errors(ratio) for ratio in CLIP_RATIOS])

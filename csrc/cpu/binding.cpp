@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "compensate.h"
 #include "few_rows_product.h"
 #include "int8_product.h"
 #include "levels.h"
@@ -26,6 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr std::int64_t WEIGHTS_PER_TASK = 1 << 16;
 constexpr std::int64_t ACTIVATIONS_PER_TASK = 1 << 14;
+constexpr std::int64_t COMPENSATED_ROWS = 64;
 constexpr std::int64_t TASKS_PER_THREAD = 4;
 constexpr std::int64_t FEWEST_TILES = 16;  // of a task: it decodes its weights for them
 constexpr std::int64_t MOST_TASK_ROWS = 1024;  // whose sums the second cache may hold
@@ -84,6 +86,27 @@ void quantize_weight(
     const std::int64_t rows_per_task = std::max<std::int64_t>(1, WEIGHTS_PER_TASK / given.inputs);
     torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
         round(given, first, last);
+    });
+}
+
+void compensate(
+    Tensor exact, Tensor wanted, Tensor within, Tensor step, Tensor zero, std::int64_t low, std::int64_t high,
+    Tensor errors, Tensor codes, std::int64_t level) {
+    Compensation given{};
+    given.exact = static_cast<const float*>(exact.const_data_ptr());
+    given.wanted = static_cast<const float*>(wanted.const_data_ptr());
+    given.within = static_cast<const float*>(within.const_data_ptr());
+    given.step = static_cast<const float*>(step.const_data_ptr());
+    given.zero = static_cast<const float*>(zero.const_data_ptr());
+    given.columns = exact.size(0);
+    given.rows = exact.size(1);
+    given.low = static_cast<float>(low);
+    given.high = static_cast<float>(high);
+    given.errors = static_cast<float*>(errors.mutable_data_ptr());
+    given.codes = static_cast<float*>(codes.mutable_data_ptr());
+    const Compensate compensate = chosen(weight_levels(), level).compensate;
+    torch::stable::parallel_for(0, given.rows, COMPENSATED_ROWS, [&](std::int64_t first, std::int64_t last) {
+        compensate(given, first, last);
     });
 }
 
@@ -186,6 +209,9 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
         "quantize_weight(Tensor weight, int group, Tensor rules, Tensor ratios, Tensor? limits, Tensor(a!) codes, "
         "Tensor(b!) scale, Tensor(c!)? multiplier, Tensor(d!)? zero_point, Tensor(e!) doubtful, Tensor(f!) broken, "
         "int level) -> ()");
+    library.def(
+        "compensate(Tensor exact, Tensor wanted, Tensor within, Tensor step, Tensor zero, int low, int high, "
+        "Tensor(a!) errors, Tensor(b!) codes, int level) -> ()");
     library.def("quantize_activation(Tensor x, Tensor? amax, Tensor(a!) codes, Tensor(b!) scale, int level) -> ()");
     library.def(
         "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, "
@@ -199,6 +225,7 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) {
     library.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+    library.impl("compensate", TORCH_BOX(&compensate));
     library.impl("quantize_activation", TORCH_BOX(&quantize_activation));
     library.impl("linear_a8", TORCH_BOX(&linear_a8));
     library.impl("few_rows", TORCH_BOX(&few_rows));

@@ -8,8 +8,11 @@
 
 namespace ditq {
 
-#define DITQ_WEIGHTS(LEVEL) \
-    namespace LEVEL { void round_weights(const WeightRounding&, std::int64_t, std::int64_t); }
+#define DITQ_WEIGHTS(LEVEL)                                                 \
+    namespace LEVEL {                                                       \
+    void round_weights(const WeightRounding&, std::int64_t, std::int64_t);  \
+    void compensate(const Compensation&, std::int64_t, std::int64_t);       \
+    }
 #define DITQ_PRODUCTS(LEVEL)                                                            \
     namespace LEVEL {                                                                   \
     void round_activations(const ActivationRounding&, std::int64_t, std::int64_t);      \
@@ -57,11 +60,11 @@ Cpu this_cpu() {
 
 const std::vector<WeightLevel>& weight_levels() {
     static const std::vector<WeightLevel> all = [] {
-        std::vector<WeightLevel> found{{baseline::round_weights, true}};
+        std::vector<WeightLevel> found{{baseline::round_weights, baseline::compensate, true}};
 #ifdef DITQ_X86
         const Cpu cpu = this_cpu();
-        found.push_back({avx2::round_weights, cpu.avx2});
-        found.push_back({avx512::round_weights, cpu.avx512});
+        found.push_back({avx2::round_weights, avx2::compensate, cpu.avx2});
+        found.push_back({avx512::round_weights, avx512::compensate, cpu.avx512});
 #endif
         return found;
     }();

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "compensate.h"
 #include "few_rows_product.h"
 #include "int8_product.h"
 #include "quantize_activation.h"
@@ -13,6 +14,7 @@ namespace ditq {
 
 struct WeightLevel {
     RoundWeights round_weights;
+    Compensate compensate;
     bool runs_here;
 };
 

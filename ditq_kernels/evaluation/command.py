@@ -50,7 +50,7 @@ def _evaluate(args: argparse.Namespace, device: str, judge_of: Callable[[Any], J
     from ..integrations.directories import local
     from ..integrations.samplers import check_draws_pictures
     from ..integrations.sampling import save_grid
-    from ..layer.quantizer import DEFAULT_ZERO_POINT
+    from ..layer.grid import DEFAULT_ZERO_POINT
     from . import report
     from .run import Evaluation, Settings
     from .samples import save_for_other_evaluators

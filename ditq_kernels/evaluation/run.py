@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..layer.quantizer import DEFAULT_ZERO_POINT
+from ..layer.grid import DEFAULT_ZERO_POINT
 from ..model.calibration import DEFAULT_MOMENT_STEPS, DEFAULT_PICTURES, DEFAULT_STEP, Calibration
 from ..model.chosen_steps import step_index
 from ..model.conversion import quantize, quantized_layers

@@ -37,7 +37,7 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
-    if not hasattr(torch.ops.ditq_cpu, "few_rows"):
+    if not hasattr(torch.ops.ditq_cpu, "compensate"):
         return f"the CPU extension was built from older sources; {BUILD_IT}"
     return None
 
@@ -114,6 +114,24 @@ def quantize_weight(
         -1 if level is None else weight_levels().index(level),
     )
     return codes, scale, multiplier, zero_point, doubtful, broken
+
+
+def compensate(
+    exact: torch.Tensor,
+    wanted: torch.Tensor,
+    within: torch.Tensor,
+    step: torch.Tensor,
+    zero: torch.Tensor,
+    limits: tuple[int, int],
+    errors: torch.Tensor,
+    codes: torch.Tensor,
+    level: str | None = None,
+) -> None:
+    """Fills ``errors`` and ``codes`` as :mod:`.compensation` does, up to the order of sums, by one of
+    :func:`weight_levels`; all are fp32 and contiguous.
+    """
+    number = -1 if level is None else weight_levels().index(level)
+    torch.ops.ditq_cpu.compensate(exact, wanted, within, step, zero, *limits, errors, codes, number)
 
 
 def quantize_activation(

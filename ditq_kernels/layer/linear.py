@@ -11,9 +11,10 @@ from torch import nn
 from . import ops, reference
 from .errors import UnsupportedError
 from .formats import Scheme, WeightFormat
+from .grid import DEFAULT_ZERO_POINT
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS, pack_groups
-from .quantizer import DEFAULT_ZERO_POINT, QuantizedWeight, quantize_weight
+from .quantizer import QuantizedWeight, quantize_weight
 from .replaced_weight import ReplacedWeight
 from .weight_view import WeightView
 

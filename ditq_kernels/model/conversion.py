@@ -7,9 +7,10 @@ import math
 import torch
 from torch import nn
 
+from ..layer.compensation import compensation_bytes
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
-from ..layer.quantizer import check_clip, compensation_bytes
+from ..layer.quantizer import check_clip
 from ..memory import return_freed, warn_of_shortage
 from . import hosts
 from .calibration import Calibration

@@ -5,7 +5,7 @@ from pathlib import Path
 from .mutant import Mutant, changed_lines
 
 NAME = "planted"
-_Q, _OPS, _PLAN, _REFERENCE = "layer/quantizer.py", "layer/ops.py", "model/planning.py", "layer/reference.py"
+_GRID, _OPS, _PLAN, _REFERENCE = "layer/grid.py", "layer/ops.py", "model/planning.py", "layer/reference.py"
 _RUN, _SENSITIVITY = "evaluation/run.py", "analysis/sensitivity.py"
 _METRICS, _EVALUATION = ("evaluation_metrics",), ("evaluation_metrics", "evaluation", "evaluation_prompts")
 _WITHOUT_MOMENT = "rounding_error(layers[entry.name], name)"
@@ -32,10 +32,10 @@ _DEFAULT_STEP = "calibrated(model, runs, None, moments)"
 # (file, what stands there, what is planted, the tests that should notice)
 PLANTED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     # Every group's multiplier as large as it may be; none ever rounded down; no search for a better range.
-    (_Q, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = limits + 0 * up", ("quantizer",)),
-    (_Q, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = up", ("quantizer",)),
-    (_Q, 'return CLIP_RATIOS if clip == "search"', 'return (1.0,) if clip == "search"', ("quantizer",)),
-    (_Q, "below * ratio, high", "below, high", ("quantizer",)),
+    (_GRID, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = limits + 0 * up", ("quantizer",)),
+    (_GRID, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = up", ("quantizer",)),
+    (_GRID, 'return CLIP_RATIOS if clip == "search"', 'return (1.0,) if clip == "search"', ("quantizer",)),
+    (_GRID, "below * ratio, high", "below, high", ("quantizer",)),
     # A calibrated reach stored doubled, or not used.
     ("layer/linear.py", "dtype=torch.float32).reshape(1)", "dtype=torch.float32).reshape(1) * 2", ("linear",)),
     ("layer/linear.py", "amax=self.input_amax", "amax=None", ("linear",)),

@@ -22,8 +22,8 @@ def _below(folder: str, names: str) -> tuple[str, ...]:
 STRATA = (
     Stratum(
         "quantizer",
-        _below("layer", "quantizer formats"),
-        ("formats", "packing", "quantizer", "cpu_extension", "saturation", "linear"),
+        _below("layer", "quantizer grid compensation formats"),
+        ("formats", "packing", "compensation", "quantizer", "cpu_extension", "saturation", "linear"),
     ),
     Stratum(
         "packing",

@@ -54,7 +54,7 @@ class Records:
         import torch
 
         from ... import __version__
-        from ...layer.quantizer import DEFAULT_ZERO_POINT
+        from ...layer.grid import DEFAULT_ZERO_POINT
 
         self.about = dict(
             protocol=protocol,

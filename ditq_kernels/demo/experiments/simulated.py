@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...layer.quantizer import INT8_RULES, ZERO_POINT_RULES, fit_grid, round_to, to_two_levels
+from ...layer.compensation import compensated_codes
+from ...layer.grid import INT8_RULES, ZERO_POINT_RULES, fit_grid, to_two_levels
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class WeightRounding:
     Attributes:
         bits: of a code, 2 to 8.
         group: inputs per group; None: one group per output channel.
-        zero_point: a key of :data:`ditq_kernels.layer.quantizer.ZERO_POINT_RULES`; 8 bits are symmetric.
+        zero_point: a key of :data:`ditq_kernels.layer.grid.ZERO_POINT_RULES`; 8 bits are symmetric.
         two_level: whether the groups' steps are small multiples of one step per channel (4 bits only); else floats.
         clip: as :func:`ditq_kernels.layer.quantizer.quantize_weight` takes it.
         compensated: whether errors are compensated for.
@@ -54,7 +55,7 @@ class WeightRounding:
         grid = fit_grid(w, self.group or w.shape[1], rules, self.clip, low, high)
         if self.two_level:
             grid, _, _ = to_two_levels(grid, w)
-        values = grid.values(round_to(grid, w, moment if self.compensated else None))
+        values = grid.values(compensated_codes(w, grid, moment) if self.compensated else grid.round(w))
         if not self.gain_restored:
             return values
         weighted = w.double() @ moment.double()
