@@ -70,7 +70,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "inspect": (
         ("__init__", "compilation", "executor", "packed_operands", "workers"),
         ("shipped", "machine_code", "cases", "counted"),
-        ("inspection", "execution"),
+        ("inspection", "execution", "issued"),
         ("bounds",),
         ("counting",),
         ("command",),

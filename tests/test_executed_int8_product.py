@@ -209,7 +209,7 @@ def test_the_launch_is_that_of_the_extension():
         others = vectors + number("barrier_bytes")
         stages = min((227 * 1024 - others) // stage, number("barrier_bytes") // 16)
         assert cuda_int8.shared_bytes(tile) == stages * stage + others
-        assert cases.stages(tile) == stages
+        assert cuda_int8.stages(tile) == stages
     launch = (ROOT / "csrc" / "int8_product.cu").read_text()
     assert "blockDim = dim3((1 + CONSUMERS) * WARPGROUP);" in launch
     assert "describe(qx, p.qx, p.rows, p.inputs, Tile::rows)" in launch

@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass
 
 from .counted import Count
-from .machine_code import MACS_PER_CLOCK
+from .machine_code import MACS_PER_CLOCK, SCHEDULERS
 
 SHARED_BYTES = 128  # that a multiprocessor's shared memory reads or writes in a clock
+# Clocks from asking L2 to its answer, at least: 261 to 273 on an A100, an H100 and an RTX 4090 (Luo et al., arXiv
+# 2402.13499), 222 to 339 by place on an L40 (arXiv 2606.22588).
+L2_LATENCY = 220
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,11 @@ GPUS = {
 
 
 def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
-    """Microseconds that each resource takes at least: "matrix units" and "shared memory" on the multiprocessors that
-    have the most tiles, each an average one; "L2" and "memory" of what goes through them, the memory's being what is
-    touched of each tensor, once.
+    """Microseconds that each resource takes at least: "matrix units", "issue slots" and "shared memory" on the
+    multiprocessors that have the most tiles, each an average one; "L2" and "memory" of what goes through them, the
+    memory's being what is touched of each tensor, once; "latency" of the answers of L2 that such a multiprocessor waits
+    for one after the other: the operands of a tile's steps come into as many places as there are stages, and those of
+    tiles that are resident together at the same time.
 
     Args:
         gpu: None takes the architecture's of :data:`GPUS`.
@@ -56,12 +61,17 @@ def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
     share = math.ceil(count.tiles / gpu.multiprocessors) / count.tiles  # of all work, on the fullest multiprocessor
     rates = {"s8": MACS_PER_CLOCK[count.arch][0], "f16": gpu.wide_macs, "bf16": gpu.wide_macs}
     matrix = sum(number / rates[kind] for kind, number in count.macs.items())
+    slots = sum(count.issued.values()) * count.warps * count.tiles / SCHEDULERS
+    at_once = min(count.resident, math.ceil(count.blocks_in_grid / gpu.multiprocessors))
+    turns = math.ceil(math.ceil(count.tiles / gpu.multiprocessors) / at_once) * math.ceil(count.steps / count.stages)
     shared = sum(count.passes.values()) + count.engines / SHARED_BYTES
     return {
         "matrix units": share * matrix / clocks_a_us,
+        "issue slots": share * slots / clocks_a_us,
         "shared memory": share * shared / clocks_a_us,
         "L2": sum(count.fetched.values()) / gpu.l2_bytes / clocks_a_us,
         "memory": count.touched / gpu.memory_gbs / 1e3,
+        "latency": turns * L2_LATENCY / clocks_a_us,
     }
 
 

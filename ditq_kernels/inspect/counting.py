@@ -9,8 +9,9 @@ import gc
 import math
 import multiprocessing
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -18,61 +19,90 @@ from dataclasses import asdict
 import torch
 
 from ..kernels import activation, dispatch
-from ..kernels.config import Config, cdiv, shared_memory
+from ..kernels.config import cdiv, shared_memory
 from ..kernels.device import Device, standing_in
+from ..layer.extension import INT8_CAPABILITY, TILES, choose_tile, clusters_at_once
 from ..layer.formats import WEIGHT_FORMATS
 from ..layer.packing import BLOCK
 from ..revision import commit
 from .bounds import GPUS, bounds, plain_bound
 from .cases.inputs import generator, stored
-from .counted import Count, Subject
+from .counted import CUDA, Count, Loop, Subject
 from .execution import WITHOUT_TRITON, copies_need_fence, prepare_process
 from .workers import end_with_parent
 
 ARCHITECTURES = tuple(GPUS)
-BLOCKS = 4  # of a launch, that are executed, each from the middle of a quarter of the grid
+BLOCKS = 2  # of a launch, that are executed, each from the middle of a half of the grid
 
 
 def compute(subject: Subject) -> None:
     """What is counted, by the kernels that are chosen for it."""
+    from .executor import cuda, cuda_int8
+
     rows, inputs = subject.rows, subject.in_features
     x = torch.randn(rows, inputs, generator=generator(0)).to(torch.bfloat16)
     if not subject.fmt:
         activation.quantize_activation(x)
         return
     weight, bias = stored(WEIGHT_FORMATS[subject.fmt], subject.out_features, inputs)
+    bias = bias.to(x.dtype)
     if subject.activations == "bf16":
-        dispatch.linear_a16(x, weight, bias.to(x.dtype))
+        product = cuda.small_product if subject.by == CUDA else dispatch.linear_a16
+        product(x, weight, bias)
         return
     qx = torch.randint(-127, 128, (rows, inputs), generator=generator(0), dtype=torch.int8)
-    dispatch.linear_a8(qx, torch.ones(rows), weight, bias.to(x.dtype), x.dtype)
+    if subject.by == CUDA:
+        number, clusters = _extension_tile(subject)
+        cuda_int8.int8_product(qx, torch.ones(rows), weight.qweight, weight.scale, bias, x.dtype, number, clusters)
+        return
+    dispatch.linear_a8(qx, torch.ones(rows), weight, bias, x.dtype)
 
 
-def _config(subject: Subject) -> Config | None:
-    """What is chosen for the product."""
+def _extension_tile(subject: Subject) -> tuple[int, int]:
+    """(the place in TILES that is chosen for the product, clusters that run at once)."""
+    multiprocessors = GPUS[INT8_CAPABILITY].multiprocessors
+    number = choose_tile(subject.rows, subject.out_features, subject.in_features, multiprocessors)
+    return number, clusters_at_once(TILES[number], multiprocessors)
+
+
+def loop_of(subject: Subject) -> Loop | None:
+    """Of the product that is chosen; None of what has no loop of matrix products."""
+    from .executor import cuda_int8
+
     if not subject.fmt:
         return None
+    if subject.by == CUDA:
+        if subject.activations == "bf16":
+            return None
+        tile = TILES[_extension_tile(subject)[0]]
+        return Loop(tile.rows, tile.outputs, cuda_int8.STEP, cuda_int8.stages(tile), True)
     entering = torch.int8 if subject.activations == "int8" else torch.bfloat16
     x = torch.empty((subject.rows, subject.in_features), dtype=entering)
-    return dispatch.chosen(x, subject.out_features, WEIGHT_FORMATS[subject.fmt], torch.bfloat16)
+    config = dispatch.chosen(x, subject.out_features, WEIGHT_FORMATS[subject.fmt], torch.bfloat16)
+    if not config.block_m:
+        return None
+    return Loop(config.block_m, config.block_n, config.block_k or BLOCK, config.num_stages, config.descriptors)
 
 
-def _tiles(subject: Subject, launch, config: Config | None) -> tuple[int, float]:
+def _tiles(subject: Subject, launch, loop: Loop | None) -> tuple[int, float]:
     """(pieces of work of the launch, how many of them were executed)."""
     counters = launch.counters
-    if config is None or not config.descriptors or not counters.macs:
+    if loop is None or not loop.persistent or not counters.macs:
         return math.prod(launch.grid), counters.blocks
     outputs = counters.tensors["y"] // (2 * subject.rows)  # of several launches, this one's
-    tiles = cdiv(subject.rows, config.block_m) * cdiv(outputs, config.block_n)
-    of_one = config.block_m * config.block_n * cdiv(subject.in_features, BLOCK) * BLOCK
+    tiles = cdiv(subject.rows, loop.rows) * cdiv(outputs, loop.outputs)
+    of_one = loop.rows * loop.outputs * cdiv(subject.in_features, BLOCK) * BLOCK
     return tiles, sum(counters.macs.values()) / of_one
 
 
-def _count(arch: int, subject: Subject, launch, config: Config | None = None) -> Count:
+def _count(arch: int, subject: Subject, launch, machine: tuple[Mapping[str, float], int], loop: Loop | None) -> Count:
+    """``machine``: instructions that were issued, by class, and registers of a thread."""
     counters = launch.counters
-    tiles, executed = _tiles(subject, launch, config)
+    tiles, executed = _tiles(subject, launch, loop)
     scale = tiles / executed
     warps = launch.threads // 32
+    issued, registers = machine
+    loops = loop is not None and bool(counters.macs)
     requests = {f"{kind} {tensor}": one for (kind, tensor), one in counters.requests.items()}
     of_a_warp = counters.blocks * warps
     return Count(
@@ -91,6 +121,11 @@ def _count(arch: int, subject: Subject, launch, config: Config | None = None) ->
         {kind: round(scale * one.least) for kind, one in counters.passes.items()},
         round(scale * counters.engines),
         {kind: round(scale * number) for kind, number in counters.macs.items()},
+        {name: round(number / (executed * warps), 2) for name, number in sorted(issued.items())},
+        registers,
+        launch.shared_bytes,
+        cdiv(subject.in_features, loop.step) if loops else 1,
+        loop.stages if loops else 1,
         {name: round(number / of_a_warp, 2) for name, number in sorted(counters.issued.items())},
         {f"{what}, {left}": round(number / of_a_warp, 2) for (what, left), number in sorted(counters.waits.items())},
     )
@@ -106,11 +141,19 @@ def count_subject(arch: int, subject: Subject) -> list[Count]:
     with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch, GPUS[arch].multiprocessors)):
         driver.install(session, cache)
         compute(subject)
-        config = _config(subject)
+        loop = loop_of(subject)
     # A weight may have tens of megabytes, and what executed a launch holds more, in circles.
     stored.cache_clear()
     gc.collect()
-    return [_count(arch, subject, launch, config) for launch in session.launches]
+    return [_count(arch, subject, launch, _machine(launch), loop) for launch in session.launches]
+
+
+def _machine(launch) -> tuple[Mapping[str, float], int]:
+    from . import issued
+    from .executor import driver
+
+    assembled = issued.assemble(launch.text)
+    return issued.issued(assembled, driver.program_of(launch.text).kernel, launch.counters.entered), assembled.registers
 
 
 def _begin() -> None:
@@ -136,7 +179,7 @@ def count(
     core).
     """
     environment = os.environ.pop("TRITON_INTERPRET", None)
-    pairs = [(arch, subject) for arch in architectures for subject in subjects]
+    pairs = [(arch, subject) for arch in architectures for subject in subjects if subject.is_for(arch)]
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, _begin) as pool:
@@ -170,12 +213,21 @@ def lines(counts: Sequence[Count]) -> list[str]:
     return [*(_line(one, "") for one in before), _line(last, f"{ratio:.2f}")]
 
 
+def _short(kernel: str) -> str:
+    """Without what C++ makes of a name, and what is in all of them."""
+    rest = kernel.removeprefix("_ZN")
+    while rest != kernel and (length := re.match(r"\d+", rest)):  # names one in another, each behind its length
+        begin = length.end()
+        kernel, rest = rest[begin : begin + int(length.group())], rest[begin + int(length.group()) :]
+    return kernel.removesuffix("_kernel")
+
+
 def _line(found, ratio):
     grid = "x".join(str(side) for side in found.grid if side > 1) or "1"
     idle = ", ".join(f"{count:g} {what.split(',')[0]}" for what, count in found.waits.items() if what.endswith(", 0"))
     term, bound = max(bounds(found).items(), key=lambda one: one[1])
     return (
-        f"sm_{found.arch:<4} {found.subject.name:38} {found.kernel.removesuffix('_kernel'):26} {grid:>11} "
+        f"sm_{found.arch:<4} {found.subject.name:38} {_short(found.kernel):26} {grid:>11} "
         f"{found.sector_ratio:>7.2f} {found.pass_ratio:>6.2f} "
         f"{sum(found.fetched.values()) / 1e6:>6.1f} MB {found.fetched_again:>5.1f}x  "
         f"{bound:>6.1f} µs {term:13} {ratio:>7}  {idle or '-':16} "

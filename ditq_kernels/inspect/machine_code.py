@@ -157,9 +157,13 @@ def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
     return round(len(turn) * warps / SCHEDULERS / (sum(macs) * groups / rate), 3)
 
 
-def _run(tool: str, *options: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([path, *options], capture_output=True, text=True, check=True).stdout
+def tool(name: str) -> Path:
+    """A program that comes with Triton."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(name: str, *options: str) -> str:
+    return subprocess.run([tool(name), *options], capture_output=True, text=True, check=True).stdout
 
 
 def _resources(cubin: bytes) -> str:

@@ -160,13 +160,17 @@ def why_unsupported_a16(
     return None
 
 
+def clusters_at_once(tile: Tile, multiprocessors: int) -> int:
+    """How many thread blocks' clusters of the tile a device runs at the same time."""
+    return max(int(multiprocessors // tile.cluster * SHARE_OF_DEVICE[tile.cluster]), 1)
+
+
 def microseconds(tile: Tile, rows: int, out_features: int, in_features: int, multiprocessors: int) -> float:
     """Estimate of a product's duration on an H200: ``start`` once, ``wave`` for each round in which all
     multiprocessors are given a tile, and ``step`` for each STEP inputs of a round.
     """
     tiles = -(-rows // (tile.rows * tile.cluster)) * -(-out_features // tile.outputs)
-    at_once = max(int(multiprocessors // tile.cluster * SHARE_OF_DEVICE[tile.cluster]), 1)
-    rounds = -(-tiles // at_once)
+    rounds = -(-tiles // clusters_at_once(tile, multiprocessors))
     return tile.start + rounds * (tile.wave + -(-in_features // STEP) * tile.step)
 
 

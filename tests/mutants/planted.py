@@ -7,6 +7,7 @@ from .mutant import Mutant, changed_lines
 NAME = "planted"
 _GRID, _OPS, _PLAN, _REFERENCE = "layer/grid.py", "layer/ops.py", "model/planning.py", "layer/reference.py"
 _RUN, _SENSITIVITY = "evaluation/run.py", "analysis/sensitivity.py"
+_SUITS = "multiplier = torch.where(errors[1] < errors[0], down, up)"
 _METRICS, _EVALUATION = ("evaluation_metrics",), ("evaluation_metrics", "evaluation", "evaluation_prompts")
 _WITHOUT_MOMENT = "rounding_error(layers[entry.name], name)"
 _NOT_SQUARED = "losses[entry.name][scheme].picture_error"
@@ -32,8 +33,8 @@ _DEFAULT_STEP = "calibrated(model, runs, None, moments)"
 # (file, what stands there, what is planted, the tests that should notice)
 PLANTED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     # Every group's multiplier as large as it may be; none ever rounded down; no search for a better range.
-    (_GRID, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = limits + 0 * up", ("quantizer",)),
-    (_GRID, "multiplier = torch.where(errors[1] < errors[0], down, up)", "multiplier = up", ("quantizer",)),
+    (_GRID, _SUITS, "multiplier = limits + 0 * up", ("quantizer",)),
+    (_GRID, _SUITS, "multiplier = up", ("quantizer",)),
     (_GRID, 'return CLIP_RATIOS if clip == "search"', 'return (1.0,) if clip == "search"', ("quantizer",)),
     (_GRID, "below * ratio, high", "below, high", ("quantizer",)),
     # A calibrated reach stored doubled, or not used.

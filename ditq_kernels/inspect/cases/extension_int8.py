@@ -20,11 +20,6 @@ COOPERATIVE, PING_PONG, OF_FOUR = 2, 7, 6  # tiles, one of each kind
 KINDS = (COOPERATIVE, PING_PONG, OF_FOUR)
 
 
-def stages(tile: Tile) -> int:
-    """Steps whose operands a thread block holds at once: all else in its shared memory is less than one's."""
-    return cuda_int8.shared_bytes(tile) // ((tile.rows + tile.outputs) * cuda_int8.STEP)
-
-
 def shapes(tile: Tile) -> dict[str, tuple[tuple[int, int, int], int]]:
     """(M, N, K) and the clusters that run at once, by a name.
 
@@ -32,7 +27,7 @@ def shapes(tile: Tile) -> dict[str, tuple[tuple[int, int, int], int]]:
     ping-pong's warpgroups has two; in the last ones, all blocks of a cluster but the first have no rows. many: more
     tiles than a band has, each of less than a step.
     """
-    rows, fitting = tile.rows * tile.cluster, stages(tile)
+    rows, fitting = tile.rows * tile.cluster, cuda_int8.stages(tile)
     return {
         "long": ((rows - 3, tile.outputs + 24, 128 * fitting + 16), 1),
         "wide": ((rows + 5, tile.outputs + 8, 128 * (fitting // 2) + 48), 1),

@@ -98,6 +98,7 @@ class Counters:
         issued: PTX instructions that warps issued, by the first part of their names; mbarrier.try_wait twice a phase,
             since each is refused once here.
         waits: (of what, how many groups may be left in flight): times that a warp waited so.
+        entered: basic blocks of the program, by their numbers: times that a warp ran through them.
     """
 
     blocks: int = 0
@@ -109,6 +110,7 @@ class Counters:
     macs: collections.Counter = field(default_factory=collections.Counter)
     issued: collections.Counter = field(default_factory=collections.Counter)
     waits: collections.Counter = field(default_factory=collections.Counter)
+    entered: collections.Counter = field(default_factory=collections.Counter)
     _loaded: dict[str, np.ndarray] = field(default_factory=dict)  # sectors, by block, of the blocks that run
 
     def request(self, kind: str, tensor: str, rows: np.ndarray, warps: int, offsets: np.ndarray, width: int) -> None:

@@ -38,6 +38,11 @@ def shared_bytes(tile: Tile) -> int:
     return min((SHARED_BYTES - others) // stage, _BARRIER_BYTES // 16) * stage + others
 
 
+def stages(tile: Tile) -> int:
+    """Steps whose operands a thread block holds at once: all else in its shared memory is less than one's."""
+    return shared_bytes(tile) // ((tile.rows + tile.outputs) * STEP)
+
+
 def _map(name: str, matrix: torch.Tensor, box_rows: int) -> tuple[Region, TensorMap]:
     region = Region(name, matrix)
     rows, inputs = matrix.shape

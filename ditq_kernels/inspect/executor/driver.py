@@ -48,6 +48,7 @@ class Launch:
         unfenced_copies: matrix instructions' reads of what cp.async wrote, with no proxy fence between them.
         repeated: whether its results were taken from a launch of the same instructions on the same data.
         counters: of its memories, where the session counts.
+        shared_bytes: of a block.
     """
 
     kernel: str
@@ -61,6 +62,7 @@ class Launch:
     unfenced_copies: int = 0
     repeated: bool = False
     counters: Counters | None = None
+    shared_bytes: int = 0
 
 
 @dataclass
@@ -182,6 +184,7 @@ def run(
         text,
         machine.unfenced_copies,
         counters=counters,
+        shared_bytes=machine.shared_bytes,
     )
     session.launches.append(launch)
     session.executed.update(machine.executed)

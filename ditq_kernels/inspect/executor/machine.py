@@ -246,6 +246,7 @@ class Machine:
         self.executed.update(steps.opcodes)
         if self.counters:
             warps = self.warps if mask is None else len(self.rows(mask))
+            self.counters.entered[steps.number] += warps
             for name, count in steps.issues.items():
                 self.counters.issued[name] += warps * count
             for wait, count in steps.waits.items():

@@ -117,20 +117,20 @@ def _operand(text, scopes):
 
 
 def _statements(body):
-    """("{" or "}" or "label" or "statement", text), in order."""
+    """("{" or "}" or "label" or "statement", text, where it begins), in order."""
     at = 0
     while at < len(body):
         if body[at].isspace() or body[at] == ";":
             at += 1
         elif body[at] in "{}":
-            yield body[at], ""
+            yield body[at], "", at
             at += 1
         elif found := _LABEL.match(body, at):
-            yield "label", found.group(1)
+            yield "label", found.group(1), at
             at = found.end()
         else:
             end = body.index(";", at)
-            yield "statement", body[at:end].strip()
+            yield "statement", body[at:end].strip(), at
             at = end
 
 
@@ -180,9 +180,15 @@ def _instruction(statement, scopes):
     return instruction
 
 
+def _bare(text):
+    """Without comments and directives, in as many lines."""
+    text = _COMMENT.sub(lambda found: "\n" * found.group().count("\n"), text)
+    return _LINE_DIRECTIVE.sub("", text)
+
+
 def entries(text: str) -> dict[str, str]:
     """Each entry of a module by its name: the text of a module of its own, with what all entries share."""
-    text = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", text))
+    text = _bare(text)
     shared, alone, end = [], {}, 0
     for found in _ENTRY.finditer(text):
         shared.append(text[end : found.start()])
@@ -198,7 +204,7 @@ def parse(text: str) -> Kernel:
     Raises:
         PtxError: for what this reader does not know, and for none or several entries.
     """
-    text = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", text))
+    text = _bare(text)
     found, *more = _ENTRY.finditer(text) if _ENTRY.search(text) else (None,)
     if found is None or more:
         raise PtxError("several entries" if more else "no entry")
@@ -209,7 +215,9 @@ def parse(text: str) -> Kernel:
         raise PtxError(f"a cluster along y or z: {cluster.group()}")
     scopes, code, labels = _Scopes(), [], {}
     body = _body(text, found.end())
-    for kind, statement in _statements(body):
+    line, counted = 1 + text.count("\n", 0, found.end()), 0
+    for kind, statement, at in _statements(body):
+        line, counted = line + body.count("\n", counted, at), at
         if kind == "{":
             scopes.push()
         elif kind == "}":
@@ -224,6 +232,7 @@ def parse(text: str) -> Kernel:
             raise PtxError(f"directive {statement!r}")
         else:
             code.append(_instruction(statement, scopes))
+            code[-1].line = line
     shared, static_shared = _arrays(text, "shared")
     local, local_bytes = _arrays(body, "local")
     return Kernel(

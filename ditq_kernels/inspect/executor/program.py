@@ -17,16 +17,18 @@ class Steps(list):
     """One block: (what runs, guard, whether the guard is negated, instruction).
 
     Attributes:
+        number: its place in the program.
         opcodes: how often each is executed.
         issues: the same by the names that are counted (:func:`_counted_as`).
         waits: of these, those for groups of copies or products: (of what, how many groups may be left in flight).
-    gathers: whether a warp's lanes wait for each other in it.
+        gathers: whether a warp's lanes wait for each other in it.
         has_matrix_fence: whether there is a wgmma.fence.
         touched_last: registers that other instructions name behind the last wgmma.fence, or in all of the block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
+        self.number = number
         self.opcodes: dict[str, int] = {}
         self.issues: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -97,7 +99,7 @@ def translate(kernel: Kernel) -> Program:
     grain = 16
     multiplies = any(instruction.parts[0] == "wgmma" for block in kernel.blocks for instruction in block)
     for block in kernel.blocks:
-        steps, touched, fenced = Steps(), set(), False
+        steps, touched, fenced = Steps(len(blocks)), set(), False
         for instruction in block:
             kind = instruction.parts[0]
             steps.opcodes[kind] = steps.opcodes.get(kind, 0) + 1

@@ -89,6 +89,7 @@ class Instruction:
     opcode: with its modifiers; ``parts`` are these, apart.
     guard: the predicate that it depends on, or None; ``guard_is_negated``.
     target: the block that a branch leads to.
+    line: of the text in which it begins, from 1.
     fresh: of wgmma, the registers that its block has touched before it; behind the last wgmma.fence if there has been
         one in the block (``fenced``).
     """
@@ -99,6 +100,7 @@ class Instruction:
     guard_is_negated: bool
     text: str
     target: int | None = None
+    line: int = 0
     fresh: frozenset[int] = frozenset()
     fenced: bool = False
     parts: tuple[str, ...] = field(init=False)
