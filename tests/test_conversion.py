@@ -132,6 +132,12 @@ def test_hooks_offloaded_weights_and_quantized_layers():
     model = tiny_model()
     model.blocks[0].up.register_forward_hook(lambda *_: None)
     refuses(r"blocks\.0\.up has forward hooks", model=model)
+    model = tiny_model()
+    model.blocks[1].up.register_forward_pre_hook(lambda *_: None)
+    refuses(r"blocks\.1\.up has forward hooks", model=model)
+    model = tiny_model()
+    model.blocks[1].down.forward = lambda x: x
+    refuses(r"blocks\.1\.down has", model=model)
     with torch.device("meta"):
         offloaded = tiny_model()
     with pytest.raises(ValueError, match="is on the meta device"):

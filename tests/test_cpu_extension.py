@@ -156,3 +156,20 @@ def test_what_it_takes(monkeypatch):
         assert not cpu_extension.rounds(other)
     monkeypatch.setattr(cpu_extension, "why_unavailable", lambda: "it is not built")
     assert not cpu_extension.rounds(weight)
+
+
+@formats
+def test_expanded_weights_are_rounded_as_what_they_are(fmt):
+    """Neighbours in a row that are one place in memory."""
+    w = weights(12, 128)[:, 5:6].expand(-1, 128)
+    assert_same(quantize_weight(w, fmt), by_passes(w, fmt))
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in WEIGHT_FORMATS.values() if fmt.two_level], ids=lambda fmt: fmt.name)
+def test_groups_on_one_side_of_zero(fmt):
+    """Their zero point is the first or the last code, each with a largest multiplier of its own."""
+    w = 0.1 + torch.rand(6, 256, generator=generator(4))
+    w[3:] *= -1
+    found = quantize_weight(w, fmt, zero_point="free")
+    assert found.zero_point[:, :3].eq(0).all() and found.zero_point[:, 3:].eq(15).all()
+    assert_same(found, by_passes(w, fmt, zero_point="free"))

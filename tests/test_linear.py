@@ -86,6 +86,12 @@ def test_state_dict_round_trip(scheme):
     assert torch.equal(layer(x), other(x))
 
 
+def test_what_it_says_of_itself():
+    for bias in (True, False):
+        said = repr(QuantLinear.from_linear(nn.Linear(64, 8, bias=bias), "w8a8"))
+        assert said == f"QuantLinear(in_features=64, out_features=8, bias={bias}, scheme=w8a8)"
+
+
 def test_without_bias():
     original = nn.Linear(128, 16, bias=False)
     layer = QuantLinear.from_linear(original, "w4a8_g32")

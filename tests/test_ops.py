@@ -10,6 +10,7 @@ import ditq_kernels as ditq
 from ditq_kernels import QuantLinear
 from ditq_kernels.layer import backend, cpu_extension, extension, ops, reference
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.operands import checked_weight
 from ditq_kernels.layer.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")
@@ -385,3 +386,12 @@ def test_inputs_may_have_any_strides(rows, quantizes_input, implementation, devi
         for x in (wide[:rows, :150].T.contiguous().T, wide[::2, ::2], wide[:1, :150].expand(rows, 150)):
             found = ops.quantized_linear(x, quantizes_input=quantizes_input, **weight)
             assert torch.equal(found, ops.quantized_linear(x.contiguous(), quantizes_input=quantizes_input, **weight))
+
+
+def test_a_weight_on_another_device_is_said_before_a_kernel_reads_it():
+    """An operand on meta is met elsewhere; one that exists, here."""
+    layer = QuantLinear.from_linear(linear(8, 150, torch.device("cpu")), "w4a8_g32")
+    parts = layer.qweight, layer.scale, layer.group_code
+    assert checked_weight(150, torch.device("cpu"), *parts, "w4_g32").in_features == 150
+    with pytest.raises(ValueError, match="qweight is on cpu but the input is on cuda; move the layer or the input"):
+        checked_weight(150, torch.device("cuda"), *parts, "w4_g32")
