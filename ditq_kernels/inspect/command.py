@@ -101,7 +101,8 @@ def count_kernels(
     counts = []
     if not as_json:
         print(counting.HEADER)
-    for found in track(counting.count(architectures, subjects), len(architectures) * len(subjects), "product"):
+    total = sum(subject.is_for(arch) for arch in architectures for subject in subjects)
+    for found in track(counting.count(architectures, subjects), total, "product"):
         counts += found
         if not as_json:
             print("\n".join(counting.lines(found)), flush=True)
