@@ -41,7 +41,7 @@ def test_every_layer_of_the_models_is_counted():
     assert csrc.is_for(90) and not csrc.is_for(80) and counted.chosen("1 x 6912 x 1152 csrc")[0].is_for(80)
 
 
-MACHINE = {"matrix": 8, "control": 24}, 40  # of 8 warps
+MACHINE = {"IMMA": 8, "BRA": 16, "BAR": 8}, 40  # of 8 warps
 
 
 def launch():
@@ -79,6 +79,15 @@ def test_blocks_that_are_resident_at_once(warps, registers, shared, expected):
     one = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), launch(), MACHINE, None)
     found = dataclasses.replace(one, warps=warps, registers=registers, shared_bytes=shared)
     assert found.resident == expected
+
+
+def test_shared_accesses_that_ptxas_joins_are_counted_once():
+    """Eight loads of PTX that became two."""
+    one = launch()
+    one.counters.passes["load"] = Passes(80, 40)
+    one.counters.issued["ld.shared"] = 8
+    found = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), one, ({"LDS": 2}, 40), None)
+    assert found.passes["load"] == 100 and found.passes_least["load"] == 50 and found.passes["matrix load"] == 520
 
 
 def test_persistent_blocks_are_scaled_by_their_tiles():

@@ -46,7 +46,7 @@ def found_in(body, **tensors):
     counters = Counters()
     run(body, counters=counters, **tensors)
     text = ptx(body, tensors)
-    return issued.issued(issued.assemble(text), parse(text), counters.entered)
+    return issued.by_class(issued.issued(issued.assemble(text), parse(text), counters.entered))
 
 
 def numbers(count=4096):

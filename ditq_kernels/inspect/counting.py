@@ -95,13 +95,27 @@ def _tiles(subject: Subject, launch, loop: Loop | None) -> tuple[int, float]:
     return tiles, sum(counters.macs.values()) / of_one
 
 
+# Of accesses to shared memory, what the machine's and PTX's are called: ptxas joins some.
+_SHARED = {"load": ("LDS", "ld.shared"), "store": ("STS", "st.shared")}
+
+
+def _joined(kind: str, machine: Mapping[str, float], counters) -> float:
+    """The share of PTX's accesses of the ``kind`` that is left in machine code; 1 of those that are not joined."""
+    name, in_ptx = _SHARED.get(kind, ("", ""))
+    wanted = counters.issued.get(in_ptx, 0)
+    return min(1.0, machine.get(name, 0) / wanted) if wanted else 1.0
+
+
 def _count(arch: int, subject: Subject, launch, machine: tuple[Mapping[str, float], int], loop: Loop | None) -> Count:
-    """``machine``: instructions that were issued, by class, and registers of a thread."""
+    """``machine``: instructions that were issued, by name, and registers of a thread."""
+    from . import issued
+
     counters = launch.counters
     tiles, executed = _tiles(subject, launch, loop)
     scale = tiles / executed
     warps = launch.threads // 32
-    issued, registers = machine
+    instructions, registers = machine
+    of_class = issued.by_class(instructions)
     loops = loop is not None and bool(counters.macs)
     requests = {f"{kind} {tensor}": one for (kind, tensor), one in counters.requests.items()}
     of_a_warp = counters.blocks * warps
@@ -117,11 +131,17 @@ def _count(arch: int, subject: Subject, launch, machine: tuple[Mapping[str, floa
         {name: round(scale * one.least) for name, one in requests.items()},
         {name: round(scale * number) for name, number in counters.fetched.items()},
         {name: counters.tensors[name] for name in counters.fetched},
-        {kind: round(scale * one.passes) for kind, one in counters.passes.items()},
-        {kind: round(scale * one.least) for kind, one in counters.passes.items()},
+        {
+            kind: round(scale * _joined(kind, instructions, counters) * one.passes)
+            for kind, one in counters.passes.items()
+        },
+        {
+            kind: round(scale * _joined(kind, instructions, counters) * one.least)
+            for kind, one in counters.passes.items()
+        },
         round(scale * counters.engines),
         {kind: round(scale * number) for kind, number in counters.macs.items()},
-        {name: round(number / (executed * warps), 2) for name, number in sorted(issued.items())},
+        {name: round(number / (executed * warps), 2) for name, number in sorted(of_class.items())},
         registers,
         launch.shared_bytes,
         cdiv(subject.in_features, loop.step) if loops else 1,

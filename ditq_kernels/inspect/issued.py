@@ -121,9 +121,10 @@ def _pieces(listing: str) -> list[list[tuple[Instruction, int]]]:
 
 
 def issued(assembled: Assembled, kernel: Kernel, entered: Mapping[int, int]) -> collections.Counter[str]:
-    """Machine instructions by class, of all warps together.
+    """Machine instructions by the first word of their names, of all warps together.
 
-    Those of memory and matrix units are as many as PTX's, of which each becomes one. Of the others, a basic block of
+    Those of memory and matrix units run as often as PTX's, of which each becomes one or is joined to another. Of the
+    others, a basic block of
     machine code is taken to run as often as the block of PTX that most of it was made of: what ptxas moved in
     from elsewhere runs where it stands. Where ptxas has written a turn of a loop several times, they share its turns.
 
@@ -147,9 +148,17 @@ def issued(assembled: Assembled, kernel: Kernel, entered: Mapping[int, int]) -> 
         for instruction, line in piece:
             if instruction.name == "NOP":  # fills up the end
                 continue
-            name = _CLASS_OF.get(instruction.name.split(".")[0], OTHER)
+            name = instruction.name.split(".")[0]
             if line in of_line and _TOUCHES_MEMORY.match(instruction.text):
                 found[name] += entered.get(block_of[line], 0) / of_line[line]
             else:
                 found[name] += entered.get(block, 0) / copies[block]
+    return found
+
+
+def by_class(instructions: Mapping[str, float]) -> collections.Counter[str]:
+    """What :func:`issued` gives, by :data:`CLASSES` and :data:`OTHER`."""
+    found: collections.Counter[str] = collections.Counter()
+    for name, count in instructions.items():
+        found[_CLASS_OF.get(name, OTHER)] += count
     return found
