@@ -50,7 +50,7 @@ def microseconds(call: Callable[[], object], calls: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90, choices=sorted(GPUS), help="(default: %(default)s)")
-    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w8a8_static", "w4a8_g128", "w4a16_g128"])
+    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w8a8_static", "w4a8_g128"])
     parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
     parser.add_argument("--calls", type=int, default=200, help="of each in a round (default: %(default)s)")
     args = parser.parse_args()

@@ -116,6 +116,7 @@ def _count(arch: int, subject: Subject, launch, machine: tuple[Mapping[str, floa
     warps = launch.threads // 32
     instructions, registers = machine
     of_class = issued.by_class(instructions)
+    left = {kind: scale * _joined(kind, instructions, counters) for kind in counters.passes}
     loops = loop is not None and bool(counters.macs)
     requests = {f"{kind} {tensor}": one for (kind, tensor), one in counters.requests.items()}
     of_a_warp = counters.blocks * warps
@@ -131,14 +132,8 @@ def _count(arch: int, subject: Subject, launch, machine: tuple[Mapping[str, floa
         {name: round(scale * one.least) for name, one in requests.items()},
         {name: round(scale * number) for name, number in counters.fetched.items()},
         {name: counters.tensors[name] for name in counters.fetched},
-        {
-            kind: round(scale * _joined(kind, instructions, counters) * one.passes)
-            for kind, one in counters.passes.items()
-        },
-        {
-            kind: round(scale * _joined(kind, instructions, counters) * one.least)
-            for kind, one in counters.passes.items()
-        },
+        {kind: round(left[kind] * one.passes) for kind, one in counters.passes.items()},
+        {kind: round(left[kind] * one.least) for kind, one in counters.passes.items()},
         round(scale * counters.engines),
         {kind: round(scale * number) for kind, number in counters.macs.items()},
         {name: round(number / (executed * warps), 2) for name, number in sorted(of_class.items())},
