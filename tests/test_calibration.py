@@ -156,6 +156,7 @@ def test_errors_name_what_is_at_fault():
     fails("step must be an int", step="0.5", kind=TypeError)
     fails("step must be an int", step=True, kind=TypeError)
     fails("percentile must lie in", percentile=0)
+    fails("percentile must lie in", percentile=100.5)
     fails("calls_per_step must be a positive int", calls_per_step=0)
     fails("'blocks.7.*' matches no", moments=["blocks.0.*", "blocks.7.*"])
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got str"):

@@ -13,6 +13,7 @@ from ditq_kernels.model.conversion import quantize, quantized_layers
 from ditq_kernels.model.plan_table import _span
 from ditq_kernels.model.planning import Plan, plan
 from ditq_kernels.model.recipes import RECIPES, recipe_for
+from ditq_kernels.model.recipes.general import repeated_blocks
 
 BLOCK_OF_DIT = {
     "norm1.emb.timestep_embedder.linear_1": None,
@@ -84,6 +85,15 @@ def test_general_recipe_finds_only_repeated_blocks():
     assert set(schemes_of(plan(mlp, "w8a8")).values()) == {None}
     stack = nn.Sequential(nn.Linear(8, 8), Layer(), Layer(), nn.Linear(8, 8))
     assert schemes_of(plan(stack, "w8a8")) == {"0": None, "1.1": "w8a8", "2.1": "w8a8", "3": None}
+
+
+def test_blocks_within_blocks_are_no_blocks_of_their_own():
+    def part():
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"parts": nn.ModuleList([part(), part()])}) for _ in range(3))
+    assert list(repeated_blocks(model)) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from . import hopper_costs
 
 MAX_ACTIVATION_BLOCK = 16384  # columns that one program of a row-wise kernel holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights
+# Up to here it pays to multiply without matrix instructions. Each row more takes instructions for each weight: of four
+# rows the schedulers set the bound, at more than twice that of the loop with matrix instructions (counted, sm_80 and
+# sm_90), and on an H200 the loop took less for sixteen rows than this for four, by 1.05 to 1.8.
+FEWEST_ROWS = 2
 SCRATCH_BYTES = 96 << 20  # what a weight is decoded into at a time: stretches cost more than the L2 cache saves
 # Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications).
@@ -345,9 +350,11 @@ def estimate(config: Config, problem: Problem) -> float:
     """The heuristic's figure for the duration, comparable among the configurations of one problem; in microseconds on
     Hopper.
     """
-    # Where these are valid, nothing reads the weights faster; the extension's was the faster one wherever both ran.
-    if config.route == "small" or (config.route == "cuda" and problem.activation_bytes > 1):
-        return 0.0 if config.route == "small" else -1.0
+    # The extension's product of few rows was the faster one wherever both ran.
+    if config.route == "cuda" and problem.activation_bytes > 1:
+        return -1.0
+    if config.route == "small":  # nothing reads the weights of one row faster
+        return 0.0 if problem.rows <= FEWEST_ROWS or problem.activation_bytes > 2 else math.inf
     return (_on_hopper if family(problem.capability) == 9 else _assumed)(config, problem)
 
 
