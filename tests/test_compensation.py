@@ -65,3 +65,50 @@ def test_levels_round_to_the_same_bits(level, columns, rows):
     compensation._round_block(exact, wanted.clone(), within, step, zero, (0, 15), *expected)
     cpu_extension.compensate(exact, wanted, within, step, zero, (0, 15), *found, level=level)
     assert torch.equal(found, expected)
+
+
+def test_autocast_and_the_default_dtype_change_nothing():
+    w = torch.randn(20, 300, generator=generator(5))
+    x = torch.randn(500, 300, generator=generator(6)) * torch.linspace(0.1, 2, 300)
+    moment = x.T @ x
+    expected = compensation.compensated_codes(w, fit_grid(w, 32, ZERO_POINT_RULES["best"], None, 0, 15), moment)
+    torch.set_default_dtype(torch.float64)
+    try:
+        grid = fit_grid(w, 32, ZERO_POINT_RULES["best"], None, 0, 15)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert grid.zero.dtype == grid.step.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compensation.compensated_codes(w, grid, moment), expected)
+
+
+def test_moments_of_any_size():
+    """Those that fp32 does not hold, too: only what they have in common counts."""
+    w = torch.randn(20, 200, generator=generator(5))
+    x = torch.randn(500, 200, generator=generator(6), dtype=torch.float64) * torch.linspace(0.1, 2, 200)
+    grid = fit_grid(w, 200, ZERO_POINT_RULES["free"], None, 0, 15)
+    expected, *others = (
+        compensation.compensated_codes(w, grid, x.T @ x * factor) for factor in (1, 2.0**300, 2.0**-300)
+    )
+    assert all(torch.equal(other, expected) for other in others)
+
+
+def test_memory_is_what_is_said():
+    """Of the factor; a few rows at a time are copied beside it."""
+    inputs = 3000
+    moment = torch.eye(inputs) + 0.1
+    with torch.profiler.profile(profile_memory=True) as profile:
+        compensation._taken(moment, moment.diagonal().double(), torch.arange(inputs))
+    held = most = 0
+    memory = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    for event in sorted(memory, key=lambda one: one.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    assert compensation.compensation_bytes(inputs) <= most < 1.25 * compensation.compensation_bytes(inputs)
+
+
+@with_extension
+def test_a_block_that_would_be_misread_is_refused():
+    parts = [torch.ones(4, 8), torch.ones(4, 8), torch.ones(4, 4), *(torch.ones(4, 8) for _ in range(2))]
+    with pytest.raises(TypeError, match=r"must be torch\.float32 and contiguous"):
+        cpu_extension.compensate(parts[0], parts[1].bfloat16(), *parts[2:], (0, 15), *torch.ones(2, 4, 8))

@@ -123,7 +123,7 @@ def test_bounds_are_of_the_fullest_multiprocessor():
     assert bounds(found, gpu) == pytest.approx({k: v / 2000 for k, v in expected.items()} | {"memory": 5120 / 1e6})
     # One is resident, whose seven steps have two places.
     alone = dataclasses.replace(found, shared_bytes=200 * 1024, steps=7, stages=2)
-    assert bounds(alone, gpu)["latency"] == pytest.approx(3 * 4 * 220 / 2000)
+    assert bounds(alone, gpu)["latency"] == pytest.approx(11 * 220 / 2000)  # 3 * 7 / 2
     # On an H100 bf16's 2048 * 132 * 1.83e9 a second, or 3350 GB/s.
     assert plain_bound(4096, 3072, 3072, GPUS[90]) == pytest.approx(4096 * 3072**2 / (2048 * 132 * 1830))
     assert plain_bound(1, 3072, 3072, GPUS[90]) == pytest.approx(2 * (3072 + 3072 + 3072**2) / 3.35e6)

@@ -40,3 +40,10 @@ def test_every_group_byte_survives():
     multiplier, zero_point = unpack_groups(stored)
     assert multiplier.min() == 1 and multiplier.max() == 16 and zero_point.max() == 15
     assert torch.equal(pack_groups(multiplier, zero_point), stored)
+
+
+def test_codes_in_any_order_are_packed_row_by_row():
+    codes = torch.randint(0, 16, (6, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layout = LAYOUTS["int4_planar128"]
+    packed = layout.pack(codes.T.contiguous().T)
+    assert packed.is_contiguous() and torch.equal(packed, layout.pack(codes))

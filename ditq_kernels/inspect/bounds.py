@@ -63,7 +63,8 @@ def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
     matrix = sum(number / rates[kind] for kind, number in count.macs.items())
     slots = sum(count.issued.values()) * count.warps * count.tiles / SCHEDULERS
     at_once = min(count.resident, math.ceil(count.blocks_in_grid / gpu.multiprocessors))
-    turns = math.ceil(math.ceil(count.tiles / gpu.multiprocessors) / at_once) * math.ceil(count.steps / count.stages)
+    rounds = math.ceil(math.ceil(count.tiles / gpu.multiprocessors) / at_once)
+    turns = math.ceil(rounds * count.steps / count.stages)  # what is fetched may run on from tile to tile
     shared = sum(count.passes.values()) + count.engines / SHARED_BYTES
     return {
         "matrix units": share * matrix / clocks_a_us,

@@ -28,13 +28,20 @@ def compensation_bytes(in_features: int) -> int:
 def compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
     """Codes, as fp32 [N, K], of fp32 ``w`` [N, K], for the inputs whose ``moment`` [K, K] is given: rounded column by
     column, each column's error carried over to the columns not yet rounded.
+
+    Raises:
+        ValueError: if the moment is no sum of outer products.
     """
-    moment = moment.to(w.device)
+    with torch.autocast(w.device.type, enabled=False):  # which would have products of columns in 16 bits
+        return _compensated_codes(w, grid, moment.to(w.device))
+
+
+def _compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
     diagonal = moment.diagonal().to(torch.float64)
     unseen = diagonal <= 0
     diagonal = torch.where(unseen, diagonal[~unseen].mean() if bool((~unseen).any()) else 1.0, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    carried = _carried(moment, diagonal, order)
+    taken = _taken(moment, diagonal, order)
     # Transposed: a column and its errors lie side by side in memory.
     exact = w.T.contiguous().index_select(0, order)
     step, zero = positive(grid.step).T.contiguous(), grid.zero.T.contiguous()
@@ -44,9 +51,9 @@ def compensated_codes(w: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torc
     starts = range(0, len(order), BLOCK)
     for start in track(starts, len(starts), "block", delay=2):
         block = slice(start, min(start + BLOCK, len(order)))
-        wanted = torch.addmm(exact[block], carried[:start, block].T, errors[:start]) if start else exact[block].clone()
+        wanted = torch.addmm(exact[block], taken[block, :start], errors[:start]) if start else exact[block].clone()
         of_columns = (part.index_select(0, groups[block]) for part in (step, zero))
-        within = carried[block, block].T.contiguous()
+        within = taken[block, block].contiguous()
         round_block(exact[block], wanted, within, *of_columns, (grid.low, grid.high), errors[block], codes[block])
     return torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
 
@@ -78,28 +85,30 @@ def _round_block(
         torch.addcmul(exact_k, code - zero_k, step_k, value=-1, out=error)
 
 
-def _carried(moment: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """fp32 [K, K], upper triangular with ones on its diagonal: ``M`` of ``M D M^T``, D diagonal, which is the moment in
-    ``order`` and damped. ``diagonal`` stands in for its own. The damping grows tenfold until it can be factored.
+def _taken(moment: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """fp32 [K, K], lower triangular with ones on its diagonal: in each row what a column takes of the errors of those
+    before it. Its transpose is ``M`` of ``M D M^T``, D diagonal, which is the moment in ``order`` and damped.
+    ``diagonal`` stands in for its own. The damping grows tenfold until it can be factored.
     """
     damping = DAMPING * diagonal.mean()
     backwards = order.flip(0)  # the lower factor from the end is the upper one from the beginning
     size = len(order)
-    lower = torch.empty(size, size, dtype=torch.float64, device=moment.device)
+    damped = torch.empty(size, size, dtype=torch.float64, device=moment.device)
     failed = torch.empty((), dtype=torch.int32, device=moment.device)
-    # Some rows at a time, and in place: what is copied on the way costs as much as a third of the factorization.
+    # Some rows at a time, and in place, which LAPACK does in columns: what would be copied on the way costs as much as
+    # a third of the factorization.
     stretches = [slice(start, min(start + 2 * BLOCK, size)) for start in range(0, size, 2 * BLOCK)]
     for _ in range(8):
         for rows in stretches:
-            lower[rows] = moment.index_select(0, backwards[rows]).index_select(1, backwards)
-        lower.diagonal().copy_(diagonal[backwards] + damping)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+            damped[rows] = moment.index_select(0, backwards[rows]).index_select(1, backwards)
+        damped.diagonal().copy_(diagonal[backwards] + damping)
+        torch.linalg.cholesky_ex(damped.mT, out=(damped.mT, failed))
         if not failed:
-            upper = torch.empty(size, size, dtype=torch.float32, device=moment.device)
-            pivots = lower.diagonal().to(torch.float32)
+            taken = torch.empty(size, size, dtype=torch.float32, device=moment.device)
+            pivots = damped.diagonal().clone().unsqueeze(1)
             for rows in stretches:
-                upper[size - rows.stop : size - rows.start] = lower[rows].to(torch.float32).div_(pivots).flip(0, 1)
-            return upper
+                taken[size - rows.stop : size - rows.start] = (damped[rows] / pivots[rows]).flip(0, 1)
+            return taken
         damping = damping * 10
     raise ValueError(
         "input_moment cannot be factored even with heavy damping; it must be a sum of outer products x x^T"

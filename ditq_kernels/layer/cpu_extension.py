@@ -128,8 +128,14 @@ def compensate(
     level: str | None = None,
 ) -> None:
     """Fills ``errors`` and ``codes`` as :mod:`.compensation` does, up to the order of sums, by one of
-    :func:`weight_levels`; all are fp32 and contiguous.
+    :func:`weight_levels`.
+
+    Raises:
+        TypeError: unless all are fp32 and contiguous, as they are read.
     """
+    for part in (exact, wanted, within, step, zero, errors, codes):
+        if part.dtype != torch.float32 or not part.is_contiguous():
+            raise TypeError(f"a block to compensate must be torch.float32 and contiguous, got {part.dtype}")
     number = -1 if level is None else weight_levels().index(level)
     torch.ops.ditq_cpu.compensate(exact, wanted, within, step, zero, *limits, errors, codes, number)
 

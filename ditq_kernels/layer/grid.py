@@ -66,7 +66,7 @@ def _eighth_level(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[
     step = torch.where(
         downwards, torch.maximum(below / more, above / fewer), torch.maximum(above / more, below / fewer)
     )
-    return step, torch.where(downwards, more, fewer)
+    return step, torch.where(downwards, torch.full_like(above, more), torch.full_like(above, fewer))
 
 
 def _free_zero_point(above: torch.Tensor, below: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:

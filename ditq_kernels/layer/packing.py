@@ -29,7 +29,7 @@ def _unpack_int8(stored: torch.Tensor, in_features: int) -> torch.Tensor:
 
 def _pack_int4_planar(codes: torch.Tensor) -> torch.Tensor:
     rows, columns = codes.shape
-    codes, missing = codes.to(torch.uint8), -columns % BLOCK
+    codes, missing = codes.to(torch.uint8).contiguous(), -columns % BLOCK
     # Padding by nothing would copy. Fresh memory of this size costs more than what is computed in it.
     padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
     blocks = padded.reshape(rows, -1, 2, HALF_BLOCK)
