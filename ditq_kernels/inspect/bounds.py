@@ -49,9 +49,9 @@ GPUS = {
 def bounds(count: Count, gpu: Gpu | None = None) -> dict[str, float]:
     """Microseconds that each resource takes at least: "matrix units", "issue slots" and "shared memory" on the
     multiprocessors that have the most tiles, each an average one; "L2" and "memory" of what goes through them, the
-    memory's being what is touched of each tensor, once; "latency" of the answers of L2 that such a multiprocessor waits
-    for one after the other: the operands of a tile's steps come into as many places as there are stages, and those of
-    tiles that are resident together at the same time.
+    memory's being what is touched of each tensor, once, if nothing of it is in L2 before; "latency" of the answers of
+    L2 that such a multiprocessor waits for one after the other: the operands of a tile's steps come into as many places
+    as there are stages, and those of tiles that are resident together at the same time.
 
     Args:
         gpu: None takes the architecture's of :data:`GPUS`.

@@ -124,10 +124,9 @@ def issued(assembled: Assembled, kernel: Kernel, entered: Mapping[int, int]) -> 
     """Machine instructions by the first word of their names, of all warps together.
 
     Those of memory and matrix units run as often as PTX's, of which each becomes one or is joined to another. Of the
-    others, a basic block of
-    machine code is taken to run as often as the block of PTX that most of it was made of: what ptxas moved in
-    from elsewhere runs where it stands. Where ptxas has written a turn of a loop several times, they share its
-    turns, if the loop touches memory or multiplies matrices: how often is told by that.
+    others, a basic block of machine code is taken to run as often as the block of PTX that most of it was made of: what
+    ptxas moved in from elsewhere runs where it stands. Where ptxas has written a turn of a loop several times, they
+    share its turns, if the loop touches memory or multiplies matrices: how often is told by that.
 
     Args:
         kernel: the PTX, as it was executed.
