@@ -114,7 +114,7 @@ def computation(tile, kind=None):
     other warpgroup. The vectors are written again in a warpgroup's second tile.
     """
     shape, tiles = TILES[tile], 3 if kind == "vectors" else 2
-    problem = (shape.rows + 12, (tiles - 1) * shape.outputs + 8, 128 * cases.stages(shape) - 112)
+    problem = (shape.rows + 12, (tiles - 1) * shape.outputs + 8, 128 * cuda_int8.stages(shape) - 112)
     return Case("taken away", "taken away", functools.partial(cases.product, tile, problem, 1, torch.float16, None))
 
 
@@ -179,7 +179,7 @@ def test_what_is_taken_away_in_a_ping_pong_tile(kind, monkeypatch):
 def test_of_the_waits_at_the_end_the_last_one_counts(monkeypatch):
     """The last tile's steps are released one after another by the same warps: who has seen the last has seen all."""
     *others, last = places(PING_PONG, "wait at the end")
-    assert len(others) + 1 == cases.stages(TILES[PING_PONG])
+    assert len(others) + 1 == cuda_int8.stages(TILES[PING_PONG])
     assert is_found(PING_PONG, "wait at the end", [last], monkeypatch)
     assert not is_found(PING_PONG, "wait at the end", others, monkeypatch)
 
