@@ -29,9 +29,10 @@ constexpr int ROWS = Tile::ROWS;
 constexpr int PANEL = 16;  // outputs whose weights stand side by side, a dword of inputs of each
 constexpr int PANELS = TASK_OUTPUTS / PANEL;
 constexpr int PER_DWORD = 4 / sizeof(Element);
-constexpr std::int64_t BLOCK_DWORDS = 256;  // of each output's weights: 64 KB of panels
-constexpr std::int64_t BLOCK = BLOCK_DWORDS * PER_DWORD;
+constexpr std::int64_t BLOCK = 640;  // inputs of which weights are decoded at a time, at most: 40 KB of int8 panels
+constexpr std::int64_t BLOCK_DWORDS = BLOCK / PER_DWORD;
 constexpr std::int64_t PADDING = 128;  // of inputs; divisible by all groups, and what nibbles are stored in
+static_assert(BLOCK % PADDING == 0);
 constexpr int SMALLEST_GROUP = 32;
 constexpr int MOST_GROUPS = BLOCK / SMALLEST_GROUP;
 
@@ -80,22 +81,23 @@ class Task {
 public:
     explicit Task(const Int8Product& given, const void* arranged)
         : given_(given), arranged_(static_cast<const Element*>(arranged)), padded_(padded_inputs(given)),
-          segment_(given.promoted ? given.group : BLOCK), work_(new Workspace),
-          sums_(new std::int32_t[rounded_up(given.task_rows, ROWS) * TASK_OUTPUTS]),
+          block_(even_block(padded_)), segment_(given.promoted ? given.group : block_), work_(new Workspace),
+          sums_(new std::int32_t[(one_block() ? ROWS : rounded_up(given.task_rows, ROWS)) * TASK_OUTPUTS]),
           tile_(std::min(segment_, padded_)) {}
 
     void run(std::int64_t first_row, std::int64_t first_output) {
         const std::int64_t last_row = std::min(first_row + given_.task_rows, given_.rows);
         const std::int64_t outputs = std::min(TASK_OUTPUTS, given_.outputs - first_output);
         const std::int64_t panels = rounded_up(outputs, PANEL * Tile::PANELS) / PANEL;
-        for (std::int64_t k = 0; k < padded_; k += BLOCK) {
-            const std::int64_t count = std::min(BLOCK, padded_ - k);
+        for (std::int64_t k = 0; k < padded_; k += block_) {
+            const std::int64_t count = std::min(block_, padded_ - k);
             for (std::int64_t panel = 0; panel < panels; ++panel) pack(panel, first_output + panel * PANEL, k, count);
             for (std::int64_t panel = 0; panel < panels; panel += Tile::PANELS) {
                 const std::int64_t n = first_output + panel * PANEL;
                 for (std::int64_t row = first_row; row < last_row; row += ROWS) {
                     const Element* x = arranged_ + row * padded_;
-                    std::int32_t* sums = sums_.get() + (row - first_row) * TASK_OUTPUTS + panel * PANEL;
+                    const std::int64_t kept_row = one_block() ? 0 : row - first_row;
+                    std::int32_t* sums = sums_.get() + kept_row * TASK_OUTPUTS + panel * PANEL;
                     if (given_.promoted) {
                         add_groups(x, panel, k, count, reinterpret_cast<float*>(sums));
                     } else {
@@ -108,6 +110,13 @@ public:
     }
 
 private:
+    // Inputs of a block if all are to be equal, up to padding.
+    static std::int64_t even_block(std::int64_t padded) {
+        const std::int64_t blocks = (padded + BLOCK - 1) / BLOCK;
+        return rounded_up((padded + blocks - 1) / blocks, PADDING);
+    }
+    bool one_block() const { return padded_ <= block_; }
+
     void pack(std::int64_t panel, std::int64_t n, std::int64_t k, std::int64_t count) {
         for (int i = 0; i < PANEL; ++i) {
             Element* row = work_->rows[i];
@@ -172,34 +181,43 @@ private:
     }
 
     void finish(const std::int32_t* sums, std::int64_t first_row, std::int64_t n) const {
-        constexpr int WIDTH = Tile::PANELS * PANEL;
-        float scale[WIDTH] = {}, bias[WIDTH] = {};
-        if (!given_.promoted) load_outputs(given_.scale, n, WIDTH, scale);
-        if (given_.bias != nullptr) load_outputs(given_.bias, n, WIDTH, bias);
-        const std::int64_t rows = std::min<std::int64_t>(ROWS, given_.rows - first_row);
-        for (std::int64_t row = 0; row < rows; ++row, sums += TASK_OUTPUTS) {
-            const float sx = given_.sx[first_row + row];
-            for (int i = 0; i < WIDTH && n + i < given_.outputs; i += LANES) {
-                Lanes y;
-                if (given_.promoted) {
-                    y = *reinterpret_cast<const Lanes*>(sums + i) * sx;
-                } else {
-                    y = __builtin_convertvector(*reinterpret_cast<const IntLanes*>(sums + i), Lanes) * sx;
-                    y *= *reinterpret_cast<const Lanes*>(scale + i);
-                }
-                if (given_.bias != nullptr) y += *reinterpret_cast<const Lanes*>(bias + i);
-                const std::int64_t count = std::min<std::int64_t>(LANES, given_.outputs - n - i);
-                store(y, sums + i, (first_row + row) * given_.outputs + n + i, count);
-            }
+        switch (given_.out_type) {
+            case OutputType::int32: return finish_as<OutputType::int32>(sums, first_row, n);
+            case OutputType::float32: return finish_as<OutputType::float32>(sums, first_row, n);
+            case OutputType::bfloat16: return finish_as<OutputType::bfloat16>(sums, first_row, n);
+            default: return finish_as<OutputType::float16>(sums, first_row, n);
         }
     }
 
-    void store(const Lanes& y, const std::int32_t* sums, std::int64_t index, std::int64_t count) const {
-        switch (given_.out_type) {
-            case OutputType::int32: return put(*reinterpret_cast<const IntLanes*>(sums), index, count);
-            case OutputType::float32: return put(y, index, count);
-            case OutputType::bfloat16: return put(to_bfloat16(y), index, count);
-            default: return put(to_float16(y), index, count);
+    template <OutputType TYPE>
+    void finish_as(const std::int32_t* sums, std::int64_t first_row, std::int64_t n) const {
+        constexpr int WIDTH = Tile::PANELS * PANEL;
+        const bool promoted = given_.promoted, has_bias = given_.bias != nullptr;
+        const std::int64_t outputs = given_.outputs, rows = std::min<std::int64_t>(ROWS, given_.rows - first_row);
+        float scales[WIDTH], biases[WIDTH];
+        if (!promoted) load_outputs(given_.scale, n, WIDTH, scales);
+        if (has_bias) load_outputs(given_.bias, n, WIDTH, biases);
+        for (int i = 0; i < WIDTH && n + i < outputs; i += LANES) {
+            const Lanes scale = *reinterpret_cast<const Lanes*>(scales + i);
+            const Lanes bias = *reinterpret_cast<const Lanes*>(biases + i);
+            const std::int64_t count = std::min<std::int64_t>(LANES, outputs - n - i);
+            for (std::int64_t row = 0; row < rows; ++row) {
+                const float sx = given_.sx[first_row + row];
+                const IntLanes& sum = *reinterpret_cast<const IntLanes*>(sums + row * TASK_OUTPUTS + i);
+                Lanes y;
+                if (promoted) {
+                    y = reinterpret_cast<const Lanes&>(sum) * sx;
+                } else {
+                    y = __builtin_convertvector(sum, Lanes) * sx;
+                    y *= scale;
+                }
+                if (has_bias) y += bias;
+                const std::int64_t index = (first_row + row) * outputs + n + i;
+                if constexpr (TYPE == OutputType::int32) put(sum, index, count);
+                if constexpr (TYPE == OutputType::float32) put(y, index, count);
+                if constexpr (TYPE == OutputType::bfloat16) put(to_bfloat16(y), index, count);
+                if constexpr (TYPE == OutputType::float16) put(to_float16(y), index, count);
+            }
         }
     }
 
@@ -239,9 +257,11 @@ private:
     const Int8Product& given_;
     const Element* arranged_;
     const std::int64_t padded_;
+    const std::int64_t block_;
     const std::int64_t segment_;  // inputs that are summed in int32
     const std::unique_ptr<Workspace> work_;
-    const std::unique_ptr<std::int32_t[]> sums_;  // [task_rows, TASK_OUTPUTS]; floats where groups are scaled
+    // [task_rows, TASK_OUTPUTS], or a tile's rows if no sum outlives a block; floats where groups are scaled.
+    const std::unique_ptr<std::int32_t[]> sums_;
     const Tile tile_;
 };
 

@@ -18,52 +18,83 @@ typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr float LARGEST = 127.0f;
-constexpr float SMALLEST_AMAX = 0x1p-100f;    // reference.py says why
-constexpr float TO_INTEGER = 12582912.0f;     // added and taken away, it rounds to the nearest integer, ties to even
+constexpr float SMALLEST_AMAX = 0x1p-100f;  // reference.py says why
+// Added, it rounds to the nearest integer, ties to even: the lowest byte of the sum's bits.
+constexpr float TO_INTEGER = 12582912.0f;
 constexpr std::int32_t INFINITE = 0x7f800000;  // as bits; NaN is above
 
-// `values` gets row m in fp32. Returns the bits of its largest magnitude.
-std::int32_t load(const ActivationRounding& given, std::int64_t m, std::vector<float>& values) {
-    const std::int64_t start = m * given.row_stride;
-    if (given.type == FloatType::float32) {
-        std::memcpy(values.data(), static_cast<const float*>(given.x) + start, 4 * given.inputs);
-    } else {
-        const std::uint16_t* from = static_cast<const std::uint16_t*>(given.x) + start;
-        if (given.type == FloatType::bfloat16) {
-            std::uint32_t* to = reinterpret_cast<std::uint32_t*>(values.data());
-            for (std::int64_t k = 0; k < given.inputs; ++k) to[k] = static_cast<std::uint32_t>(from[k]) << 16;
-        } else {
-            for (std::int64_t k = 0; k < given.inputs; k += 8) {
-                std::uint16_t eight[8] = {};
-                std::memcpy(eight, from + k, 2 * std::min<std::int64_t>(8, given.inputs - k));
-                const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
-                _mm256_storeu_ps(values.data() + k, _mm256_cvtph_ps(halves));
-            }
-        }
-    }
+// By intrinsics what GCC makes several instructions of.
+#if DITQ_LANES == 16
+__m256i halves(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+Lanes from_bfloat16(const void* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(from)), 16));
+}
+Lanes from_float16(const void* from) { return _mm512_cvtph_ps(halves(from)); }
+Lanes limited(Lanes y) { return _mm512_max_ps(_mm512_min_ps(y, Lanes{} + LARGEST), Lanes{} - LARGEST); }
+void store_lowest_bytes(Lanes y, std::int8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_castps_si512(y)));
+}
+#else
+__m128i halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+Lanes from_bfloat16(const void* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(from)), 16));
+}
+Lanes from_float16(const void* from) { return _mm256_cvtph_ps(halves(from)); }
+Lanes limited(Lanes y) { return _mm256_max_ps(_mm256_min_ps(y, Lanes{} + LARGEST), Lanes{} - LARGEST); }
+void store_lowest_bytes(Lanes y, std::int8_t* to) {
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of each half's four dwords
+    const __m256i quads = _mm256_shuffle_epi8(_mm256_castps_si256(y), lowest);
+    const __m256i both = _mm256_permutevar8x32_epi32(quads, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(both));
+}
+#endif
+
+Lanes from_float32(const void* from) { return *static_cast<const Lanes*>(from); }
+
+// `values` gets a row in fp32. Returns the bits of its largest magnitude.
+template <class Stored, Lanes (*CONVERT)(const void*)>
+std::int32_t load(const Stored* from, std::int64_t inputs, std::vector<float>& values) {
     IntLanes most = {};
-    for (std::size_t k = 0; k < values.size(); k += LANES) {
-        const IntLanes magnitude = *reinterpret_cast<const IntLanes*>(values.data() + k) & 0x7fffffff;
+    const auto take = [&](const Stored* stored, std::int64_t k) {
+        Lanes& to = *reinterpret_cast<Lanes*>(values.data() + k);
+        to = CONVERT(stored);
+        const IntLanes magnitude = reinterpret_cast<const IntLanes&>(to) & 0x7fffffff;
         most = magnitude > most ? magnitude : most;
+    };
+    std::int64_t k = 0;
+    for (; k + LANES <= inputs; k += LANES) take(from + k, k);
+    if (k < inputs) {
+        Stored rest[LANES] = {};
+        std::memcpy(rest, from + k, (inputs - k) * sizeof(Stored));
+        take(rest, k);
     }
     std::int32_t found = 0;
     for (int i = 0; i < LANES; ++i) found = std::max<std::int32_t>(found, most[i]);
     return found;
 }
 
+std::int32_t load(const ActivationRounding& given, std::int64_t m, std::vector<float>& values) {
+    const std::int64_t start = m * given.row_stride;
+    const auto* halves = static_cast<const std::uint16_t*>(given.x) + start;
+    switch (given.type) {
+        case FloatType::bfloat16: return load<std::uint16_t, from_bfloat16>(halves, given.inputs, values);
+        case FloatType::float16: return load<std::uint16_t, from_float16>(halves, given.inputs, values);
+        default:
+            return load<float, from_float32>(static_cast<const float*>(given.x) + start, given.inputs, values);
+    }
+}
+
 void round(const std::vector<float>& values, float factor, std::int64_t inputs, std::int8_t* codes) {
-    constexpr std::int64_t STRETCH = 256;
-    std::int32_t whole[STRETCH];
-    for (std::int64_t start = 0; start < inputs; start += STRETCH) {
-        const std::int64_t count = std::min(STRETCH, inputs - start);
-        for (std::int64_t k = 0; k < count; k += LANES) {
-            Lanes y = *reinterpret_cast<const Lanes*>(values.data() + start + k) * factor;
-            y = y > LARGEST ? Lanes{} + LARGEST : y;
-            y = y < -LARGEST ? Lanes{} - LARGEST : y;
-            y = (y + TO_INTEGER) - TO_INTEGER;
-            *reinterpret_cast<IntLanes*>(whole + k) = __builtin_convertvector(y, IntLanes);
-        }
-        for (std::int64_t k = 0; k < count; ++k) codes[start + k] = static_cast<std::int8_t>(whole[k]);
+    const auto put = [&](std::int64_t k, std::int8_t* to) {
+        const Lanes y = *reinterpret_cast<const Lanes*>(values.data() + k) * factor;
+        store_lowest_bytes(limited(y) + TO_INTEGER, to);
+    };
+    std::int64_t k = 0;
+    for (; k + LANES <= inputs; k += LANES) put(k, codes + k);
+    if (k < inputs) {
+        std::int8_t rest[LANES];
+        put(k, rest);
+        std::memcpy(codes + k, rest, inputs - k);
     }
 }
 
