@@ -5,6 +5,9 @@ import sys
 import pytest
 import torch
 from oracle import activations, linear
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditq_kernels as ditq
 from ditq_kernels import QuantLinear
@@ -395,3 +398,36 @@ def test_a_weight_on_another_device_is_said_before_a_kernel_reads_it():
     assert checked_weight(150, torch.device("cpu"), *parts, "w4_g32").in_features == 150
     with pytest.raises(ValueError, match="qweight is on cpu but the input is on cuda; move the layer or the input"):
         checked_weight(150, torch.device("cuda"), *parts, "w4_g32")
+
+
+class _Listed(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.__dict__.setdefault("names", []).append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_calls_its_ops_where_something_looks():
+    layer, x = QuantLinear.from_linear(torch.nn.Linear(128, 48), "w8a8"), activations(7, 128, torch.float32, CPU)
+    wanted = ["ditq::quantize_activation", "ditq::linear_a8"]
+    expected = layer(x)
+    with _Listed() as listed:
+        assert torch.equal(layer(x), expected)
+    assert [name for name in listed.names if name.startswith("ditq::")] == wanted
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert [event.name for event in profile.events() if event.name.startswith("ditq::")] == wanted
+    parts = [layer.qweight.data, layer.scale.data, None, layer.bias.data]
+    traced = make_fx(lambda x, *parts: ops.quantized_linear(x, *parts, weight_format="w8", quantizes_input=True))(
+        x, *parts
+    )
+    targets = [str(node.target) for node in traced.graph.nodes if "ditq" in str(node.target)]
+    assert targets == ["ditq.quantize_activation.default", "ditq.linear_a8.default"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == expected.shape
+
+
+def test_a_layer_does_not_call_its_ops_where_nothing_looks(monkeypatch):
+    layer, x = QuantLinear.from_linear(torch.nn.Linear(128, 48), "w8a8"), activations(7, 128, torch.float32, CPU)
+    expected = layer(x)
+    monkeypatch.setattr(torch.ops, "ditq", None)
+    assert torch.equal(layer(x), expected)

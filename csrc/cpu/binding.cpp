@@ -2,9 +2,12 @@
 // and checks the tensors.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -110,7 +113,8 @@ void compensate(
     });
 }
 
-void quantize_activation(Tensor x, OptionalTensor amax, Tensor codes, Tensor scale, std::int64_t level) {
+void round_activations(
+    const ProductLevel& product, const Tensor& x, const OptionalTensor& amax, std::int8_t* codes, float* scale) {
     ActivationRounding given{};
     given.x = x.const_data_ptr();
     given.type = float_type(x);
@@ -118,13 +122,21 @@ void quantize_activation(Tensor x, OptionalTensor amax, Tensor codes, Tensor sca
     given.inputs = x.size(1);
     given.row_stride = x.stride(0);
     given.amax = pointer<float>(amax);
-    given.codes = static_cast<std::int8_t*>(codes.mutable_data_ptr());
-    given.scale = static_cast<float*>(scale.mutable_data_ptr());
-    const RoundActivations round = chosen(product_levels(), level).round_activations;
+    given.codes = codes;
+    given.scale = scale;
     const std::int64_t rows_per_task = std::max<std::int64_t>(1, ACTIVATIONS_PER_TASK / given.inputs);
     torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
-        round(given, first, last);
+        product.round_activations(given, first, last);
     });
+}
+
+std::tuple<Tensor, Tensor> quantize_activation(Tensor x, OptionalTensor amax, std::int64_t level) {
+    Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Char);
+    Tensor scale = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+    round_activations(
+        chosen(product_levels(), level), x, amax, static_cast<std::int8_t*>(codes.mutable_data_ptr()),
+        static_cast<float*>(scale.mutable_data_ptr()));
+    return {codes, scale};
 }
 
 struct Release {
@@ -150,11 +162,18 @@ void multiply(const Int8ProductLevel& product, Int8Product given) {
     });
 }
 
-void linear_a8(
-    Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
-    std::int64_t group, bool promoted, Tensor out, std::int64_t level) {
-    Int8Product given{};
-    given.inputs = qx.size(1);
+// The values of a bias in fp32; none of nothing.
+std::vector<float> in_fp32(const OptionalTensor& bias, const ProductLevel& product) {
+    if (!bias) return {};
+    std::vector<float> values(bias->numel() + MOST_LANES);
+    product.load_row(float_type(*bias), bias->const_data_ptr(), bias->numel(), values.data());
+    return values;
+}
+
+template <class Product>
+void set_weight(
+    Product& given, const Tensor& qweight, const Tensor& scale, const OptionalTensor& group_code, std::int64_t group,
+    bool promoted) {
     given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
     given.weight_row_bytes = qweight.size(1);
     given.outputs = qweight.size(0);
@@ -162,46 +181,92 @@ void linear_a8(
     given.group_code = pointer<std::uint8_t>(group_code);
     given.scale = static_cast<const float*>(scale.const_data_ptr());
     given.promoted = promoted;
-    given.bias = pointer<float>(bias);
-    given.out_type = output_type(out);
+}
 
+void multiply_all(
+    const ProductLevel& product, Int8Product given, std::int64_t rows, const OptionalTensor& bias, const Tensor& out) {
+    const std::vector<float> bias_values = in_fp32(bias, product);
+    given.bias = bias ? bias_values.data() : nullptr;
+    given.out_type = output_type(out);
     const std::int64_t out_row_bytes = given.outputs * static_cast<std::int64_t>(out.element_size());
-    for (std::int64_t first = 0; first < qx.size(0); first += ROWS_AT_ONCE) {
-        given.rows = std::min(ROWS_AT_ONCE, qx.size(0) - first);
-        given.x = static_cast<const std::int8_t*>(qx.const_data_ptr()) + first * given.inputs;
-        given.sx = static_cast<const float*>(sx.const_data_ptr()) + first;
-        given.out = static_cast<std::uint8_t*>(out.mutable_data_ptr()) + first * out_row_bytes;
-        multiply(*chosen(product_levels(), level).int8_product, given);
+    auto* to = static_cast<std::uint8_t*>(out.mutable_data_ptr());
+    const std::int8_t* x = given.x;
+    const float* sx = given.sx;
+    for (std::int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
+        given.rows = std::min(ROWS_AT_ONCE, rows - first);
+        given.x = x + first * given.inputs;
+        given.sx = sx + first;
+        given.out = to + first * out_row_bytes;
+        multiply(*product.int8_product, given);
     }
 }
 
-void few_rows(
+constexpr ScalarType OUTPUT_SCALARS[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Int};
+
+Tensor linear_a8(
+    Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
+    std::int64_t group, bool promoted, std::int64_t out_type, std::int64_t level) {
+    Int8Product given{};
+    given.x = static_cast<const std::int8_t*>(qx.const_data_ptr());
+    given.sx = static_cast<const float*>(sx.const_data_ptr());
+    given.inputs = qx.size(1);
+    set_weight(given, qweight, scale, group_code, group, promoted);
+    Tensor out = torch::stable::new_empty(qx, {qx.size(0), given.outputs}, OUTPUT_SCALARS[out_type]);
+    multiply_all(chosen(product_levels(), level), given, qx.size(0), bias, out);
+    return out;
+}
+
+Tensor quantized_linear(
+    Tensor x, OptionalTensor amax, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
+    std::int64_t group, bool promoted, std::int64_t level) {
+    const ProductLevel& product = chosen(product_levels(), level);
+    const std::int64_t rows = x.size(0), inputs = x.size(1);
+    const std::unique_ptr<std::int8_t[]> codes(new std::int8_t[rows * inputs]);
+    const std::unique_ptr<float[]> factors(new float[rows]);
+    round_activations(product, x, amax, codes.get(), factors.get());
+    Int8Product given{};
+    given.x = codes.get();
+    given.sx = factors.get();
+    given.inputs = inputs;
+    set_weight(given, qweight, scale, group_code, group, promoted);
+    Tensor out = torch::stable::new_empty(x, {rows, given.outputs});
+    multiply_all(product, given, rows, bias, out);
+    return out;
+}
+
+// The product in fp32; with false, and nothing computed, if a value is above `largest` or not finite.
+std::tuple<Tensor, bool> few_rows(
     Tensor x, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias, std::int64_t group,
-    bool promoted, Tensor out, std::int64_t level) {
+    bool promoted, double largest, std::int64_t level) {
+    const ProductLevel& product = chosen(product_levels(), level);
     FewRowsProduct given{};
     given.rows = x.size(0);
     given.inputs = x.size(1);
     given.x_stride = divided_up(given.inputs, FEW_ROWS_PADDING) * FEW_ROWS_PADDING;
+    set_weight(given, qweight, scale, group_code, group, promoted);
+    Tensor out = torch::stable::new_empty(x, {given.rows, given.outputs}, ScalarType::Float);
+
     std::vector<float> padded(given.rows * given.x_stride);
-    const auto* from = static_cast<const float*>(x.const_data_ptr());
+    const auto* from = static_cast<const std::uint8_t*>(x.const_data_ptr());
+    const std::int64_t row_bytes = x.stride(0) * static_cast<std::int64_t>(x.element_size());
+    std::int32_t most = 0;
     for (std::int64_t row = 0; row < given.rows; ++row) {
-        std::copy_n(from + row * given.inputs, given.inputs, padded.data() + row * given.x_stride);
+        float* to = padded.data() + row * given.x_stride;
+        most = std::max(most, product.load_row(float_type(x), from + row * row_bytes, given.inputs, to));
     }
+    float magnitude;
+    std::memcpy(&magnitude, &most, sizeof magnitude);
+    if (!(magnitude <= largest)) return {out, false};
+
+    const std::vector<float> bias_values = in_fp32(bias, product);
+    given.bias = bias ? bias_values.data() : nullptr;
     given.x = padded.data();
-    given.weight = static_cast<const std::uint8_t*>(qweight.const_data_ptr());
-    given.weight_row_bytes = qweight.size(1);
-    given.outputs = qweight.size(0);
-    given.group = group;
-    given.group_code = pointer<std::uint8_t>(group_code);
-    given.scale = static_cast<const float*>(scale.const_data_ptr());
-    given.promoted = promoted;
-    given.bias = pointer<float>(bias);
     given.out = static_cast<float*>(out.mutable_data_ptr());
-    const MultiplyFewRows multiply_few_rows = chosen(product_levels(), level).multiply_few_rows;
     const std::int64_t outputs_per_task = std::max<std::int64_t>(1, WEIGHTS_PER_TASK / given.x_stride);
     torch::stable::parallel_for(0, given.outputs, outputs_per_task, [&](std::int64_t first, std::int64_t last) {
-        multiply_few_rows(given, first, last);
+        product.multiply_few_rows(given, first, last);
     });
+    return {out, true};
 }
 
 STABLE_TORCH_LIBRARY(ditq_cpu, library) {
@@ -212,13 +277,11 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
     library.def(
         "compensate(Tensor exact, Tensor wanted, Tensor within, Tensor step, Tensor zero, int low, int high, "
         "Tensor(a!) errors, Tensor(b!) codes, int level) -> ()");
-    library.def("quantize_activation(Tensor x, Tensor? amax, Tensor(a!) codes, Tensor(b!) scale, int level) -> ()");
-    library.def(
-        "linear_a8(Tensor qx, Tensor sx, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, "
-        "bool promoted, Tensor(a!) out, int level) -> ()");
-    library.def(
-        "few_rows(Tensor x, Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, bool promoted, "
-        "Tensor(a!) out, int level) -> ()");
+    const std::string weight = "Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, bool promoted";
+    library.def("quantize_activation(Tensor x, Tensor? amax, int level) -> (Tensor, Tensor)");
+    library.def(("linear_a8(Tensor qx, Tensor sx, " + weight + ", int out_type, int level) -> Tensor").c_str());
+    library.def(("quantized_linear(Tensor x, Tensor? amax, " + weight + ", int level) -> Tensor").c_str());
+    library.def(("few_rows(Tensor x, " + weight + ", float largest, int level) -> (Tensor, bool)").c_str());
     library.def("weight_level_count() -> int");
     library.def("product_level_count() -> int");
 }
@@ -228,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) {
     library.impl("compensate", TORCH_BOX(&compensate));
     library.impl("quantize_activation", TORCH_BOX(&quantize_activation));
     library.impl("linear_a8", TORCH_BOX(&linear_a8));
+    library.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     library.impl("few_rows", TORCH_BOX(&few_rows));
 }
 

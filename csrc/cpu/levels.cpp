@@ -15,6 +15,7 @@ namespace ditq {
     }
 #define DITQ_PRODUCTS(LEVEL)                                                            \
     namespace LEVEL {                                                                   \
+    std::int32_t load_row(FloatType, const void*, std::int64_t, float*);                \
     void round_activations(const ActivationRounding&, std::int64_t, std::int64_t);      \
     extern const Int8ProductLevel int8_product;                                         \
     void multiply_few_rows(const FewRowsProduct&, std::int64_t, std::int64_t);          \
@@ -71,14 +72,17 @@ const std::vector<WeightLevel>& weight_levels() {
     return all;
 }
 
+#define DITQ_PRODUCT_LEVEL(LEVEL, RUNS) \
+    {LEVEL::load_row, LEVEL::round_activations, &LEVEL::int8_product, LEVEL::multiply_few_rows, RUNS}
+
 const std::vector<ProductLevel>& product_levels() {
     static const std::vector<ProductLevel> all = [] {
         std::vector<ProductLevel> found;
 #ifdef DITQ_X86
         const Cpu cpu = this_cpu();
-        found.push_back({avx2::round_activations, &avx2::int8_product, avx2::multiply_few_rows, cpu.avx2});
-        found.push_back({avx512_vnni::round_activations, &avx512_vnni::int8_product, avx512_vnni::multiply_few_rows, cpu.avx512_vnni});
-        found.push_back({amx::round_activations, &amx::int8_product, amx::multiply_few_rows, cpu.amx});
+        found.push_back(ProductLevel DITQ_PRODUCT_LEVEL(avx2, cpu.avx2));
+        found.push_back(ProductLevel DITQ_PRODUCT_LEVEL(avx512_vnni, cpu.avx512_vnni));
+        found.push_back(ProductLevel DITQ_PRODUCT_LEVEL(amx, cpu.amx));
 #endif
         return found;
     }();

@@ -19,6 +19,7 @@ struct WeightLevel {
 };
 
 struct ProductLevel {
+    LoadRow load_row;
     RoundActivations round_activations;
     const Int8ProductLevel* int8_product;
     MultiplyFewRows multiply_few_rows;

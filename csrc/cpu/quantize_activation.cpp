@@ -14,6 +14,7 @@ namespace DITQ_LEVEL {
 namespace {
 
 constexpr int LANES = DITQ_LANES;
+static_assert(LANES <= MOST_LANES);
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -51,14 +52,13 @@ void store_lowest_bytes(Lanes y, std::int8_t* to) {
 
 Lanes from_float32(const void* from) { return *static_cast<const Lanes*>(from); }
 
-// `values` gets a row in fp32. Returns the bits of its largest magnitude.
 template <class Stored, Lanes (*CONVERT)(const void*)>
-std::int32_t load(const Stored* from, std::int64_t inputs, std::vector<float>& values) {
+std::int32_t load(const Stored* from, std::int64_t inputs, float* to) {
     IntLanes most = {};
     const auto take = [&](const Stored* stored, std::int64_t k) {
-        Lanes& to = *reinterpret_cast<Lanes*>(values.data() + k);
-        to = CONVERT(stored);
-        const IntLanes magnitude = reinterpret_cast<const IntLanes&>(to) & 0x7fffffff;
+        Lanes& values = *reinterpret_cast<Lanes*>(to + k);
+        values = CONVERT(stored);
+        const IntLanes magnitude = reinterpret_cast<const IntLanes&>(values) & 0x7fffffff;
         most = magnitude > most ? magnitude : most;
     };
     std::int64_t k = 0;
@@ -71,17 +71,6 @@ std::int32_t load(const Stored* from, std::int64_t inputs, std::vector<float>& v
     std::int32_t found = 0;
     for (int i = 0; i < LANES; ++i) found = std::max<std::int32_t>(found, most[i]);
     return found;
-}
-
-std::int32_t load(const ActivationRounding& given, std::int64_t m, std::vector<float>& values) {
-    const std::int64_t start = m * given.row_stride;
-    const auto* halves = static_cast<const std::uint16_t*>(given.x) + start;
-    switch (given.type) {
-        case FloatType::bfloat16: return load<std::uint16_t, from_bfloat16>(halves, given.inputs, values);
-        case FloatType::float16: return load<std::uint16_t, from_float16>(halves, given.inputs, values);
-        default:
-            return load<float, from_float32>(static_cast<const float*>(given.x) + start, given.inputs, values);
-    }
 }
 
 void round(const std::vector<float>& values, float factor, std::int64_t inputs, std::int8_t* codes) {
@@ -100,11 +89,22 @@ void round(const std::vector<float>& values, float factor, std::int64_t inputs, 
 
 }  // namespace
 
+std::int32_t load_row(FloatType type, const void* from, std::int64_t inputs, float* to) {
+    const auto* halves = static_cast<const std::uint16_t*>(from);
+    switch (type) {
+        case FloatType::bfloat16: return load<std::uint16_t, from_bfloat16>(halves, inputs, to);
+        case FloatType::float16: return load<std::uint16_t, from_float16>(halves, inputs, to);
+        default: return load<float, from_float32>(static_cast<const float*>(from), inputs, to);
+    }
+}
+
 void round_activations(const ActivationRounding& given, std::int64_t first, std::int64_t last) {
-    std::vector<float> values((given.inputs + LANES - 1) / LANES * LANES);  // zeros past the last input
+    std::vector<float> values(given.inputs + MOST_LANES);
+    const auto* x = static_cast<const std::uint8_t*>(given.x);
+    const std::int64_t row_bytes = given.row_stride * (given.type == FloatType::float32 ? 4 : 2);
     for (std::int64_t m = first; m < last; ++m) {
         std::int8_t* codes = given.codes + m * given.inputs;
-        const std::int32_t bits = load(given, m, values);
+        const std::int32_t bits = load_row(given.type, x + m * row_bytes, given.inputs, values.data());
         if (bits >= INFINITE) {
             std::memset(codes, 0, given.inputs);
             given.scale[m] = std::numeric_limits<float>::quiet_NaN();

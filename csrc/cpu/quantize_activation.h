@@ -20,6 +20,11 @@ struct ActivationRounding {
     float* scale;        // [rows]
 };
 
+// A row of `inputs` values in fp32, and zeros behind the last, fewer than MOST_LANES. Returns the bits of the largest
+// magnitude, those of an infinity or above if one is not finite.
+using LoadRow = std::int32_t (*)(FloatType, const void* from, std::int64_t inputs, float* to);
+constexpr std::int64_t MOST_LANES = 16;
+
 using RoundActivations = void (*)(const ActivationRounding&, std::int64_t first, std::int64_t last);
 
 }  // namespace ditq

@@ -19,6 +19,7 @@ __all__ = [
     "norm_modulate",
     "norm_modulate_quantize",
     "quantize_activation",
+    "quantized_linear",
 ]
 
 
@@ -62,6 +63,15 @@ def linear_a8(
     return implementation.linear_a8(qx, sx, weight, bias, out_dtype)
 
 
+def quantized_linear(
+    x: torch.Tensor, amax: torch.Tensor | None, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """As :func:`.reference.quantized_linear`, bit for bit."""
+    there = x.numel() and weight.out_features and x.dtype in cpu_extension.ACTIVATION_DTYPES
+    implementation = cpu_extension if there else reference
+    return implementation.quantized_linear(x, amax, weight, bias)
+
+
 def linear_a16(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -69,8 +79,9 @@ def linear_a16(
     silu: bool = False,
 ) -> torch.Tensor:
     """As :func:`.reference.linear_a16`, up to the order of sums; bit for bit where the rows are many."""
-    few = x.numel() and weight.out_features and x.shape[0] <= cpu_extension.FEW_ROWS
-    takes = few and x.dtype in cpu_extension.ACTIVATION_DTYPES
-    takes = takes and bool(x.abs().amax() <= cpu_extension.LARGEST_OF_FEW_ROWS)
-    implementation = cpu_extension if takes else reference
-    return implementation.linear_a16(x, weight, bias, silu)
+    few = x.shape[0] <= cpu_extension.FEW_ROWS and x.numel() and weight.out_features
+    if few and x.dtype in cpu_extension.ACTIVATION_DTYPES:
+        found = cpu_extension.linear_a16(x, weight, bias, silu)
+        if found is not None:
+            return found
+    return reference.linear_a16(x, weight, bias, silu)

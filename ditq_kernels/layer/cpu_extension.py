@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
-    if not hasattr(torch.ops.ditq_cpu, "compensate"):
+    if not hasattr(torch.ops.ditq_cpu, "quantized_linear"):
         return f"the CPU extension was built from older sources; {BUILD_IT}"
     return None
 
@@ -144,13 +145,7 @@ def quantize_activation(
     x: torch.Tensor, amax: torch.Tensor | None, level: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`.reference.quantize_activation` of ``x`` [M, K] that is not empty, by one of :func:`product_levels`."""
-    x = x.detach() if x.dtype in ACTIVATION_DTYPES else x.detach().to(torch.float32)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
-    scale = torch.empty(x.shape[:1], dtype=torch.float32, device="cpu")
-    amax = amax if amax is None else amax.detach()
-    torch.ops.ditq_cpu.quantize_activation(x, amax, codes, scale, _product_number(level))
-    return codes, scale
+    return torch.ops.ditq_cpu.quantize_activation(_rows(x), amax, _product_number(level))
 
 
 def linear_a8(
@@ -162,21 +157,21 @@ def linear_a8(
     level: str | None = None,
 ) -> torch.Tensor:
     """:func:`.reference.linear_a8` of what is not empty, to one of :data:`OUTPUT_DTYPES`."""
-    fmt = weight.fmt
-    out = torch.empty((qx.shape[0], weight.out_features), dtype=out_dtype, device="cpu")
-    torch.ops.ditq_cpu.linear_a8(
-        qx.contiguous(),
-        sx,
-        weight.qweight,
-        weight.scale,
-        weight.group_code if fmt.two_level else None,
-        bias if bias is None else bias.detach().to(torch.float32),
-        fmt.group or weight.in_features,
-        fmt.promoted,
-        out,
-        _product_number(level),
-    )
-    return out
+    out_type = OUTPUT_DTYPES.index(out_dtype)
+    return torch.ops.ditq_cpu.linear_a8(qx.contiguous(), sx, *_parts(weight, bias), out_type, _product_number(level))
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    amax: torch.Tensor | None,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    level: str | None = None,
+) -> torch.Tensor:
+    """:func:`linear_a8` of :func:`quantize_activation`, in the dtype of ``x`` [M, K], one of
+    :data:`ACTIVATION_DTYPES`.
+    """
+    return torch.ops.ditq_cpu.quantized_linear(_rows(x), amax, *_parts(weight, bias), _product_number(level))
 
 
 def linear_a16(
@@ -185,26 +180,30 @@ def linear_a16(
     bias: torch.Tensor | None,
     silu: bool = False,
     level: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """:func:`.reference.linear_a16` of what is not empty, up to the order of sums, reading each weight once: for
-    :data:`FEW_ROWS` rows.
+    :data:`FEW_ROWS` rows. None if a value is not finite or above :data:`LARGEST_OF_FEW_ROWS`.
     """
-    fmt = weight.fmt
-    x = x.detach()
-    entering = (F.silu(x) if silu else x).to(torch.float32).contiguous()
-    out = torch.empty((x.shape[0], weight.out_features), dtype=torch.float32, device="cpu")
-    torch.ops.ditq_cpu.few_rows(
-        entering,
-        weight.qweight,
-        weight.scale,
-        weight.group_code if fmt.two_level else None,
-        bias if bias is None else bias.detach().to(torch.float32),
-        fmt.group or weight.in_features,
-        fmt.promoted,
-        out,
-        _product_number(level),
+    entering = _rows(F.silu(x) if silu else x)
+    out, is_computed = torch.ops.ditq_cpu.few_rows(
+        entering, *_parts(weight, bias), LARGEST_OF_FEW_ROWS, _product_number(level)
     )
-    return out.to(x.dtype)
+    return out.to(x.dtype) if is_computed else None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as it can be read: of a dtype that is known, rows without gaps."""
+    x = x if x.dtype in ACTIVATION_DTYPES else x.to(torch.float32)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _parts(weight: PackedWeight, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """What all products take of a weight, and the bias."""
+    fmt = weight.fmt
+    if bias is not None and bias.dtype not in ACTIVATION_DTYPES:
+        bias = bias.to(torch.float32)
+    group = fmt.group or weight.in_features
+    return weight.qweight, weight.scale, weight.group_code if fmt.two_level else None, bias, group, fmt.promoted
 
 
 def _product_number(level: str | None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,7 +162,6 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-_computed = {}  # what each op does, without PyTorch's dispatcher
 for _name, _implementation, _fake in (
     ("quantize_activation", _quantize_activation, _quantize_activation_fake),
     ("gelu_quantize", _gelu_quantize, _gelu_quantize_fake),
@@ -173,17 +171,13 @@ for _name, _implementation, _fake in (
     ("linear_a16", _linear_a16, _linear_a16_fake),
     ("grad_input", _grad_input, _grad_input_fake),
 ):
-    _computed[_name] = _outside_autocast(_implementation)
-    _library.impl(_name, _computed[_name], "CompositeExplicitAutograd")
+    _library.impl(_name, _outside_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditq::{_name}", _fake, lib=_library)
-_COMPUTED = SimpleNamespace(**_computed)
 
 
-def _called_for(x: torch.Tensor) -> Any:
-    """The ops, by name: themselves where something wants to see which is called (a compiler, a mode, a transform or a
-    profiler of PyTorch), else what they do. The dispatcher takes a third of a layer's time on the host.
-    """
-    is_seen = (
+def _is_seen(x: torch.Tensor) -> bool:
+    """Whether something wants to see which ops are called: a compiler, a mode, a transform or a profiler of PyTorch."""
+    return (
         torch.compiler.is_compiling()
         or type(x) not in (torch.Tensor, nn.Parameter)
         or x.is_meta
@@ -192,7 +186,18 @@ def _called_for(x: torch.Tensor) -> Any:
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
-    return torch.ops.ditq if is_seen else _COMPUTED
+
+
+@_outside_autocast
+def _computed(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
+    """What the ops of :func:`_product` do, without PyTorch's dispatcher, and checked once for both."""
+    weight = checked_weight(rows.shape[1], rows.device, qweight, scale, group_code, weight_format)
+    if bias is not None:
+        check_bias(bias, qweight)
+    bias, backend = side_by_side(bias), backend_of(rows.device)
+    if not quantizes_input:
+        return backend.linear_a16(rows, weight, bias)
+    return backend.quantized_linear(rows, None if amax is None else one_number(amax, rows.device), weight, bias)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -201,12 +206,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
-    rows, called = _rows(x), _called_for(x)
-    if quantizes_input:
-        qx, sx = called.quantize_activation(rows, amax)
-        y = called.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
+    rows = _rows(x)
+    if not _is_seen(x):
+        y = _computed(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+    elif quantizes_input:
+        qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
+        y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
     else:
-        y = called.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
+        y = torch.ops.ditq.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 

@@ -184,6 +184,14 @@ def linear_a8(
     return (y if bias is None else y.add_(bias.to(torch.float32))).to(out_dtype)
 
 
+def quantized_linear(
+    x: torch.Tensor, amax: torch.Tensor | None, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """:func:`linear_a8` of :func:`quantize_activation`: [M, N] in the dtype of ``x`` [M, K]."""
+    qx, sx = quantize_activation(x, amax)
+    return linear_a8(qx, sx, weight, bias, x.dtype)
+
+
 def linear_a16(
     x: torch.Tensor,
     weight: PackedWeight,
