@@ -201,6 +201,32 @@ def test_quantized_activations(level, dtype, inputs, amax):
             assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("amax", [None, 0.75], ids="amax {}".format)
+@problems
+@levels
+def test_quantized_and_multiplied_at_once(level, fmt, shape, amax):
+    rows, outputs, inputs = shape
+    weight, amax = weight_of(fmt, outputs, inputs), None if amax is None else torch.tensor([amax])
+    for number, dtype in enumerate(ACTIVATION_DTYPES):
+        x = activations(rows, inputs, torch.float32, CPU).to(dtype)
+        if rows > 6:
+            x[5, inputs - 1] = torch.nan
+        kind = (None, *ACTIVATION_DTYPES, torch.float64)[(number + rows) % 5]
+        bias = None if kind is None else torch.randn(outputs, generator=generator(1)).to(kind)
+        for given in (x, x[::3], x.T.contiguous().T):
+            found = cpu_extension.quantized_linear(given, amax, weight, bias, level)
+            assert_same_bits(found, reference.quantized_linear(given, amax, weight, bias))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@levels
+def test_any_number_of_threads_quantizes_and_multiplies_the_same(level, threads, one_thread):
+    weight, x = weight_of(WEIGHT_FORMATS["w4_g64"], 130, 640), activations(8192 + 1100, 640, torch.bfloat16, CPU)
+    expected = reference.quantized_linear(x, None, weight, None)
+    torch.set_num_threads(threads)  # the fixture brings back what was
+    assert_same_bits(cpu_extension.quantized_linear(x, None, weight, None, level), expected)
+
+
 @pytest.mark.parametrize("dtype", (*ACTIVATION_DTYPES, torch.float64), ids=str)
 def test_other_ops_are_the_references_too(dtype):
     x = activations(24, 96, torch.float32, CPU).to(dtype).reshape(2, 12, 96)

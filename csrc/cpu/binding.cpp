@@ -33,6 +33,7 @@ constexpr std::int64_t ACTIVATIONS_PER_TASK = 1 << 14;
 constexpr std::int64_t COMPENSATED_ROWS = 64;
 constexpr std::int64_t TASKS_PER_THREAD = 4;
 constexpr std::int64_t FEWEST_TILES = 16;  // of a task: it decodes its weights for them
+constexpr std::int64_t ROUNDED_ROWS = 32;  // at a time, or a tile's if these are more
 constexpr std::int64_t MOST_TASK_ROWS = 1024;  // whose sums the second cache may hold
 constexpr std::int64_t ROWS_AT_ONCE = 8192;  // bounds the memory in which activations are laid out
 
@@ -113,8 +114,7 @@ void compensate(
     });
 }
 
-void round_activations(
-    const ProductLevel& product, const Tensor& x, const OptionalTensor& amax, std::int8_t* codes, float* scale) {
+ActivationRounding rounding_of(const Tensor& x, const OptionalTensor& amax) {
     ActivationRounding given{};
     given.x = x.const_data_ptr();
     given.type = float_type(x);
@@ -122,20 +122,20 @@ void round_activations(
     given.inputs = x.size(1);
     given.row_stride = x.stride(0);
     given.amax = pointer<float>(amax);
-    given.codes = codes;
-    given.scale = scale;
-    const std::int64_t rows_per_task = std::max<std::int64_t>(1, ACTIVATIONS_PER_TASK / given.inputs);
-    torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
-        product.round_activations(given, first, last);
-    });
+    return given;
 }
 
 std::tuple<Tensor, Tensor> quantize_activation(Tensor x, OptionalTensor amax, std::int64_t level) {
     Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Char);
     Tensor scale = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
-    round_activations(
-        chosen(product_levels(), level), x, amax, static_cast<std::int8_t*>(codes.mutable_data_ptr()),
-        static_cast<float*>(scale.mutable_data_ptr()));
+    ActivationRounding given = rounding_of(x, amax);
+    given.codes = static_cast<std::int8_t*>(codes.mutable_data_ptr());
+    given.scale = static_cast<float*>(scale.mutable_data_ptr());
+    const RoundActivations round = chosen(product_levels(), level).round_activations;
+    const std::int64_t rows_per_task = std::max<std::int64_t>(1, ACTIVATIONS_PER_TASK / given.inputs);
+    torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
+        round(given, first, last);
+    });
     return {codes, scale};
 }
 
@@ -143,7 +143,9 @@ struct Release {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 
-void multiply(const Int8ProductLevel& product, Int8Product given) {
+// `lay_out` fills the tiles [first, last) of the activations as the product reads them.
+template <class LayOut>
+void multiply(const Int8ProductLevel& product, Int8Product given, std::int64_t fewest_tiles, LayOut lay_out) {
     const std::int64_t tiles = divided_up(given.rows, product.tile_rows);
     const std::int64_t columns = divided_up(given.outputs, TASK_OUTPUTS);
     const std::int64_t wanted = divided_up(TASKS_PER_THREAD * torch::stable::get_num_threads(), columns);
@@ -153,8 +155,8 @@ void multiply(const Int8ProductLevel& product, Int8Product given) {
 
     const std::unique_ptr<void, Release> arranged(
         ::operator new(product.arranged_bytes(given), std::align_val_t{64}));
-    torch::stable::parallel_for(0, tiles, FEWEST_TILES, [&](std::int64_t first, std::int64_t last) {
-        product.arrange(given, arranged.get(), first, last);
+    torch::stable::parallel_for(0, tiles, fewest_tiles, [&](std::int64_t first, std::int64_t last) {
+        lay_out(given, arranged.get(), first, last);
     });
     const std::int64_t tasks = columns * divided_up(given.rows, given.task_rows);
     torch::stable::parallel_for(0, tasks, 1, [&](std::int64_t first, std::int64_t last) {
@@ -183,22 +185,27 @@ void set_weight(
     given.promoted = promoted;
 }
 
-void multiply_all(
-    const ProductLevel& product, Int8Product given, std::int64_t rows, const OptionalTensor& bias, const Tensor& out) {
+// All rows of `given`, ROWS_AT_ONCE at a time; `lay_out` as multiply takes it, and the first of the rows.
+template <class LayOut>
+Tensor multiply_all(
+    const ProductLevel& product, Int8Product given, const OptionalTensor& bias, Tensor out, std::int64_t fewest_tiles,
+    LayOut lay_out) {
     const std::vector<float> bias_values = in_fp32(bias, product);
     given.bias = bias ? bias_values.data() : nullptr;
     given.out_type = output_type(out);
     const std::int64_t out_row_bytes = given.outputs * static_cast<std::int64_t>(out.element_size());
-    auto* to = static_cast<std::uint8_t*>(out.mutable_data_ptr());
-    const std::int8_t* x = given.x;
-    const float* sx = given.sx;
-    for (std::int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
-        given.rows = std::min(ROWS_AT_ONCE, rows - first);
-        given.x = x + first * given.inputs;
-        given.sx = sx + first;
-        given.out = to + first * out_row_bytes;
-        multiply(*product.int8_product, given);
+    for (std::int64_t first_row = 0; first_row < out.size(0); first_row += ROWS_AT_ONCE) {
+        Int8Product part = given;
+        part.rows = std::min(ROWS_AT_ONCE, out.size(0) - first_row);
+        part.sx += first_row;
+        part.out = static_cast<std::uint8_t*>(out.mutable_data_ptr()) + first_row * out_row_bytes;
+        multiply(
+            *product.int8_product, part, fewest_tiles,
+            [&](const Int8Product& rows, void* arranged, std::int64_t first, std::int64_t last) {
+                lay_out(first_row, rows, arranged, first, last);
+            });
     }
+    return out;
 }
 
 constexpr ScalarType OUTPUT_SCALARS[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Int};
@@ -206,32 +213,55 @@ constexpr ScalarType OUTPUT_SCALARS[] = {ScalarType::Float, ScalarType::BFloat16
 Tensor linear_a8(
     Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
     std::int64_t group, bool promoted, std::int64_t out_type, std::int64_t level) {
+    const ProductLevel& product = chosen(product_levels(), level);
     Int8Product given{};
-    given.x = static_cast<const std::int8_t*>(qx.const_data_ptr());
     given.sx = static_cast<const float*>(sx.const_data_ptr());
     given.inputs = qx.size(1);
     set_weight(given, qweight, scale, group_code, group, promoted);
-    Tensor out = torch::stable::new_empty(qx, {qx.size(0), given.outputs}, OUTPUT_SCALARS[out_type]);
-    multiply_all(chosen(product_levels(), level), given, qx.size(0), bias, out);
-    return out;
+    const auto* codes = static_cast<const std::int8_t*>(qx.const_data_ptr());
+    return multiply_all(
+        product, given, bias, torch::stable::new_empty(qx, {qx.size(0), given.outputs}, OUTPUT_SCALARS[out_type]),
+        FEWEST_TILES,
+        [&](std::int64_t first_row, Int8Product rows, void* arranged, std::int64_t first, std::int64_t last) {
+            rows.x = codes + first_row * rows.inputs;
+            product.int8_product->arrange(rows, arranged, first, last);
+        });
 }
 
+// Rows are rounded a tile at a time, into the layout that the product reads.
 Tensor quantized_linear(
     Tensor x, OptionalTensor amax, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
     std::int64_t group, bool promoted, std::int64_t level) {
     const ProductLevel& product = chosen(product_levels(), level);
-    const std::int64_t rows = x.size(0), inputs = x.size(1);
-    const std::unique_ptr<std::int8_t[]> codes(new std::int8_t[rows * inputs]);
-    const std::unique_ptr<float[]> factors(new float[rows]);
-    round_activations(product, x, amax, codes.get(), factors.get());
+    const ActivationRounding all = rounding_of(x, amax);
+    const std::unique_ptr<float[]> factors(new float[all.rows]);
     Int8Product given{};
-    given.x = codes.get();
     given.sx = factors.get();
-    given.inputs = inputs;
+    given.inputs = all.inputs;
     set_weight(given, qweight, scale, group_code, group, promoted);
-    Tensor out = torch::stable::new_empty(x, {rows, given.outputs});
-    multiply_all(product, given, rows, bias, out);
-    return out;
+    const std::int64_t tile_rows = product.int8_product->tile_rows;
+    given.rows = tile_rows;
+    const auto tile_bytes = static_cast<std::int64_t>(product.int8_product->arranged_bytes(given));
+    const std::int64_t row_bytes = all.row_stride * static_cast<std::int64_t>(x.element_size());
+    return multiply_all(
+        product, given, bias, torch::stable::new_empty(x, {all.rows, given.outputs}), divided_up(ROUNDED_ROWS, tile_rows),
+        [&](std::int64_t first_row, const Int8Product& rows, void* arranged, std::int64_t first, std::int64_t last) {
+            const std::int64_t at_once = divided_up(ROUNDED_ROWS, tile_rows);
+            const std::unique_ptr<std::int8_t[]> codes(new std::int8_t[at_once * tile_rows * all.inputs]);
+            ActivationRounding rounded = all;
+            rounded.codes = codes.get();
+            for (std::int64_t tile = first; tile < last; tile += at_once) {
+                const std::int64_t tiles = std::min(at_once, last - tile), row = tile * tile_rows;
+                Int8Product part = rows;
+                part.rows = std::min(tiles * tile_rows, rows.rows - row);
+                part.x = codes.get();
+                rounded.x = static_cast<const std::uint8_t*>(all.x) + (first_row + row) * row_bytes;
+                rounded.scale = factors.get() + first_row + row;
+                product.round_activations(rounded, 0, part.rows);
+                auto* to = static_cast<std::uint8_t*>(arranged) + tile * tile_bytes;
+                product.int8_product->arrange(part, to, 0, tiles);
+            }
+        });
 }
 
 // The product in fp32; with false, and nothing computed, if a value is above `largest` or not finite.
