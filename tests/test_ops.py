@@ -406,6 +406,7 @@ class _Listed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
 def test_a_layer_calls_its_ops_where_something_looks():
     layer, x = QuantLinear.from_linear(torch.nn.Linear(128, 48), "w8a8"), activations(7, 128, torch.float32, CPU)
     wanted = ["ditq::quantize_activation", "ditq::linear_a8"]
@@ -422,8 +423,12 @@ def test_a_layer_calls_its_ops_where_something_looks():
     )
     targets = [str(node.target) for node in traced.graph.nodes if "ditq" in str(node.target)]
     assert targets == ["ditq.quantize_activation.default", "ditq.linear_a8.default"]
+    assert "ditq::linear_a8" in str(torch.jit.trace(layer, (x,), check_trace=False).graph)
+    batches = torch.stack([x, 2 * x])
+    assert torch.equal(torch.vmap(layer)(batches), layer(batches))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(x)).shape == expected.shape
+    assert layer.to("meta")(x.to("meta")).is_meta
 
 
 def test_a_layer_does_not_call_its_ops_where_nothing_looks(monkeypatch):
