@@ -1,6 +1,8 @@
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,7 +343,8 @@ def test_a_calibrated_reach_is_one_number():
 
 
 def test_importing_the_package_loads_neither_triton_nor_diffusers():
-    program = "import sys, ditq_kernels; print([m for m in ('triton', 'diffusers', 'matplotlib') if m in sys.modules])"
+    absent = ("triton", "diffusers", "matplotlib", "ditq_kernels.model", "ditq_kernels.checkpoint")
+    program = f"import sys, ditq_kernels; print([m for m in {absent} if m in sys.modules])"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
@@ -436,3 +439,13 @@ def test_a_layer_does_not_call_its_ops_where_nothing_looks(monkeypatch):
     expected = layer(x)
     monkeypatch.setattr(torch.ops, "ditq", None)
     assert torch.equal(layer(x), expected)
+
+
+def test_names_that_are_imported_when_asked_for_are_those_that_type_checkers_see():
+    tree = ast.parse(Path(ditq.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: f".{node.module}" for node in block.body for alias in node.names}
+    assert seen == ditq._IMPORTED_FROM
+    assert set(ditq.__all__) <= set(dir(ditq)) and all(hasattr(ditq, name) for name in ditq.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'unheard_of'"):
+        ditq.unheard_of  # noqa: B018
