@@ -84,6 +84,12 @@ def test_turns_go_round_and_who_fails_has_no_more():
     assert take_turns({}, 2) == ({}, {})
 
 
+def test_what_shows_progress_is_told_of_every_step():
+    told = []
+    list(cpu_blocks.measure([SMALL], (*PLAIN, Contender("one", None, broken)), [False], 2, lambda: told.append(1)))
+    assert len(told) == cpu_blocks.steps([SMALL], PLAIN, [False], 2) + 1  # who fails has no turns
+
+
 def test_a_failure_of_ours_is_an_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_blocks, "SUBJECTS", (SMALL,))
     for package, code in (("torch", 0), (None, 1)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..progress import track
+from ..progress import advancing, track
 from . import report
 from .cases import select
 from .provenance import cpu, gpu, provenance
@@ -79,8 +79,9 @@ def bench_quantizing(out: Path) -> int:
     """
     from . import quantizing
 
-    wanted = len(quantizing.SHAPES) * len(quantizing.QUANTIZERS)
-    rates = list(track(quantizing.measure(), wanted, "library"))
+    turns = len(quantizing.SHAPES) * len(quantizing.QUANTIZERS) * (quantizing.ROUNDS + 1)
+    with advancing(turns, "turn") as advance:
+        rates = list(quantizing.measure(advance=advance))
     compensated = quantizing.compensated_seconds()
     about = provenance() | dict(cpu=cpu())
     path = out / "quantizing.json"
@@ -107,8 +108,8 @@ def bench_cpu(out: Path, quick: bool) -> int:
 
     compiled = (False,) if quick else (False, True)
     rounds = cpu_blocks.QUICK_ROUNDS if quick else cpu_blocks.ROUNDS
-    wanted = len(cpu_blocks.SUBJECTS) * len(cpu_blocks.CONTENDERS) * len(compiled)
-    timings = list(track(cpu_blocks.measure(compiled=compiled, rounds=rounds), wanted, "library"))
+    with advancing(cpu_blocks.steps(cpu_blocks.SUBJECTS, cpu_blocks.CONTENDERS, compiled, rounds), "step") as advance:
+        timings = list(cpu_blocks.measure(compiled=compiled, rounds=rounds, advance=advance))
     about = provenance() | dict(cpu=cpu())
     path = out / "cpu_blocks.json"
     report.write(path, cpu_blocks.record(timings, about))

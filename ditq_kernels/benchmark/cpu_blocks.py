@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .quantizing import stored_bytes
-from .turns import Quartiles, said_by, take_turns, version_of
+from .turns import Quartiles, no_matter, said_by, take_turns, version_of
 
 ROUNDS = 7
 QUICK_ROUNDS = 3
@@ -165,7 +165,9 @@ def _milliseconds(call: Callable[[], Any], calls: int) -> float:
     return 1000 * (time.perf_counter() - started) / calls
 
 
-def _timings(subject: Subject, contenders: Sequence[Contender], compiled: bool, rounds: int) -> Iterator[Timing]:
+def _timings(
+    subject: Subject, contenders: Sequence[Contender], compiled: bool, rounds: int, advance: Callable[[], object]
+) -> Iterator[Timing]:
     plain, x = _plain(subject)
     exact = _Block(plain, subject)(x)
     torch.compiler.reset()
@@ -174,6 +176,7 @@ def _timings(subject: Subject, contenders: Sequence[Contender], compiled: bool, 
     results: dict[str, tuple[float, int]] = {}
     failed: dict[str, str] = {}
     for one in contenders:
+        advance()
         dtype = BASELINES.get(one.name, natural_dtype())
         facts[one.name] = (one.name, subject.name, compiled, str(dtype).removeprefix("torch."), version_of(one.package))
         try:
@@ -188,7 +191,7 @@ def _timings(subject: Subject, contenders: Sequence[Contender], compiled: bool, 
             continue
         results[one.name] = float((y - exact).norm() / exact.norm()), stored
         calls[one.name] = partial(_milliseconds, call, count)
-    found, later = take_turns(calls, rounds)
+    found, later = take_turns(calls, rounds, advance)
     for one in contenders:
         reason = (failed | later).get(one.name)
         if reason is not None:
@@ -198,6 +201,11 @@ def _timings(subject: Subject, contenders: Sequence[Contender], compiled: bool, 
         yield Timing(*facts[one.name], of.median, of.lower, of.upper, *results[one.name])
 
 
+def steps(subjects: Sequence[Subject], contenders: Sequence[Contender], compiled: Sequence[bool], rounds: int) -> int:
+    """The most that :func:`measure` goes through: each contender is prepared, warms up and has its turns."""
+    return len(subjects) * len(contenders) * len(compiled) * (rounds + 2)
+
+
 @torch.no_grad()
 @torch._dynamo.config.patch(recompile_limit=64)  # all blocks are of one class, and each is compiled
 def measure(
@@ -205,8 +213,11 @@ def measure(
     contenders: Sequence[Contender] = CONTENDERS,
     compiled: Sequence[bool] = (False, True),
     rounds: int = ROUNDS,
+    advance: Callable[[], object] = no_matter,
 ) -> Iterator[Timing]:
-    """Times on each subject, eager and compiled; of what is not installed, the reason."""
+    """Times on each subject, eager and compiled; of what is not installed, the reason. ``advance`` is called at each of
+    :func:`steps`.
+    """
     installed = [one for one in contenders if version_of(one.package) is not None]
     for subject in subjects:
         for compiles in compiled:
@@ -214,7 +225,7 @@ def measure(
                 if one not in installed:
                     reason = f"{one.package} is not installed"
                     yield Timing(one.name, subject.name, compiles, "", None, reason=reason)
-            yield from _timings(subject, installed, compiles, rounds)
+            yield from _timings(subject, installed, compiles, rounds, advance)
 
 
 def is_ours_and_failed(timing: Timing) -> bool:

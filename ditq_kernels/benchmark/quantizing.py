@@ -20,7 +20,7 @@ from torch import nn
 
 from ..layer.linear import QuantLinear
 from ..memory import return_freed
-from .turns import Quartiles, take_turns, version_of
+from .turns import Quartiles, no_matter, take_turns, version_of
 
 ROUNDS = 7
 # (N, K): the largest layers of DiT-XL/2 and of FLUX.1.
@@ -154,7 +154,9 @@ def _layer(shape: tuple[int, int]) -> nn.Linear:
     return layer
 
 
-def _rates(shape: tuple[int, int], quantizers: Sequence[Quantizer], rounds: int) -> Iterator[Rate]:
+def _rates(
+    shape: tuple[int, int], quantizers: Sequence[Quantizer], rounds: int, advance: Callable[[], object]
+) -> Iterator[Rate]:
     layer, weights = _layer(shape), shape[0] * shape[1]
     memory: dict[str, int | None] = {}
 
@@ -168,7 +170,7 @@ def _rates(shape: tuple[int, int], quantizers: Sequence[Quantizer], rounds: int)
         one.convert(mine)
         return weights / (time.perf_counter() - started) / 1e6
 
-    found, failed = take_turns({one.name: partial(rate, one) for one in quantizers}, rounds)
+    found, failed = take_turns({one.name: partial(rate, one) for one in quantizers}, rounds, advance)
     for one in quantizers:
         facts = (one.name, one.kind, shape, version_of(one.package))
         if one.name in failed:
@@ -180,15 +182,18 @@ def _rates(shape: tuple[int, int], quantizers: Sequence[Quantizer], rounds: int)
 
 
 def measure(
-    shapes: Iterable[tuple[int, int]] = SHAPES, quantizers: Sequence[Quantizer] = QUANTIZERS, rounds: int = ROUNDS
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    quantizers: Sequence[Quantizer] = QUANTIZERS,
+    rounds: int = ROUNDS,
+    advance: Callable[[], object] = no_matter,
 ) -> Iterator[Rate]:
-    """Rates on each shape; of what is not installed, the reason."""
+    """Rates on each shape; of what is not installed, the reason. ``advance`` is called before each turn."""
     installed = tuple(one for one in quantizers if version_of(one.package) is not None)
     for shape in shapes:
         for one in quantizers:
             if one not in installed:
                 yield Rate(one.name, one.kind, shape, None, reason=f"{one.package} is not installed")
-        yield from _rates(shape, installed, rounds)
+        yield from _rates(shape, installed, rounds, advance)
 
 
 def compensated_seconds(shape: tuple[int, int] = COMPENSATED_SHAPE, rounds: int = 3) -> list[float]:

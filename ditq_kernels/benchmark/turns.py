@@ -38,11 +38,15 @@ def said_by(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
+def no_matter() -> None:
+    """In the place of what is told that something has got on."""
+
+
 def take_turns(
-    measured: Mapping[str, Callable[[], float]], rounds: int
+    measured: Mapping[str, Callable[[], float]], rounds: int, advance: Callable[[], object] = no_matter
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """By name, what each call said in each of ``rounds``, of at least two, after one round that warms up; and what the
-    calls said that failed, which end their turns. Each round another begins.
+    calls said that failed, which end their turns. Each round another begins. ``advance`` is called before each turn.
     """
     found: dict[str, list[float]] = {name: [] for name in measured}
     failed: dict[str, str] = {}
@@ -50,6 +54,7 @@ def take_turns(
     for turn in range(rounds + 1):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
+            advance()
             if name in failed:
                 continue
             try:
