@@ -83,9 +83,10 @@ Grid fit(RangeRule rule, Range range, float high) {
     }
 }
 
-Lanes nearest(Lanes w, Lanes step, Lanes zero, Lanes low, Lanes high) {
+// The multiple of `step` that is nearest, of `lowest` to `highest`, which are whole.
+Lanes nearest(Lanes w, Lanes step, Lanes lowest, Lanes highest) {
     const Lanes whole = (w / step + all(TO_INTEGER)) - all(TO_INTEGER);
-    return smaller(larger(whole + zero, low), high);
+    return smaller(larger(whole, lowest), highest);
 }
 
 class Row {
@@ -175,9 +176,9 @@ private:
 
     // Of two grids at once: what one waits for, the other has time to compute.
     void squared_errors(const float* w, std::int64_t group, const Grid (&grids)[2], double (&totals)[2]) const {
-        const Lanes low = all(low_), high = all(high_);
         const Lanes step[2] = {all(positive(grids[0].step)), all(positive(grids[1].step))};
-        const Lanes zero[2] = {all(grids[0].zero), all(grids[1].zero)};
+        const Lanes lowest[2] = {all(low_ - grids[0].zero), all(low_ - grids[1].zero)};
+        const Lanes highest[2] = {all(high_ - grids[0].zero), all(high_ - grids[1].zero)};
         totals[0] = totals[1] = 0;
         for (std::int64_t start = 0; start < group; start += BLOCK) {
             const std::int64_t end = std::min(start + BLOCK, group);
@@ -185,8 +186,7 @@ private:
             for (std::int64_t k = start; k < end; k += LANES) {
                 const Lanes here = at(w + k);
                 for (int one = 0; one < 2; ++one) {
-                    const Lanes code = nearest(here, step[one], zero[one], low, high);
-                    const Lanes error = here - (code - zero[one]) * step[one];
+                    const Lanes error = here - nearest(here, step[one], lowest[one], highest[one]) * step[one];
                     squares[one] += error * error;
                 }
             }
@@ -224,8 +224,8 @@ private:
         for (std::int64_t start = 0; start < group; start += BLOCK) {
             const std::int64_t count = std::min<std::int64_t>(BLOCK, group - start);
             for (std::int64_t k = 0; k < count; k += LANES) {
-                const Lanes code = nearest(at(w + start + k), step, zero, all(low_), all(high_));
-                *reinterpret_cast<IntLanes*>(whole + k) = __builtin_convertvector(code, IntLanes);
+                const Lanes multiple = nearest(at(w + start + k), step, all(low_) - zero, all(high_) - zero);
+                *reinterpret_cast<IntLanes*>(whole + k) = __builtin_convertvector(multiple + zero, IntLanes);
             }
             for (std::int64_t k = 0; k < count; ++k) codes[start + k] = static_cast<std::uint8_t>(whole[k]);
         }
