@@ -38,7 +38,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "kernels": (
         ("decode", "epilogue", "hopper_costs", "interpreter", "operands", "silu", "tile_order"),
-        ("config", "early_start"),
+        ("config", "early_start", "launch"),
         ("device", "tables"),
         ("activation", "dense_product", "in_loop_product", "small_product"),
         ("expansion",),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ..kernels import activation, dense_product, early_start, expansion, gradient, in_loop_product, small_product
-from ..kernels.config import CONFIGS, MAX_ACTIVATION_BLOCK, Config, Problem, is_valid
+from ..kernels.config import CONFIGS, Config, Problem, is_valid
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .compilation import Variant
 
@@ -142,8 +142,7 @@ def _gradient(fmt: WeightFormat) -> Variant:
 def _activation(arch: int) -> Iterator[Variant]:
     for width, gelu in QUANTIZED_ROWS:
         for amax in (None, "*fp32"):
-            constants, options = activation.specialise(width, arch)
-            constants = dict(GELU=gelu, ONE_PASS=width <= MAX_ACTIVATION_BLOCK, **constants)
+            constants, options = activation.specialise(width, arch, gelu)
             types = dict(x="*bf16", amax=amax, codes="*i8", scales="*fp32")
             name = f"{f'gelu {gelu} ' if gelu else ''}quantize {'static' if amax else 'per token'} K={width}"
             yield Variant(name, activation.quantize_activation_kernel, types, constants, options)

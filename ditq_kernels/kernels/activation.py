@@ -14,6 +14,7 @@ from ..layer.errors import UnsupportedError
 from .config import MAX_ACTIVATION_BLOCK
 from .device import describe, launch_device
 from .early_start import launch_options, starts_early, wait_for_earlier_kernels
+from .launch import launch
 
 # reference.SMALLEST_AMAX; a test holds the two together.
 SMALLEST_AMAX = tl.constexpr(2.0**-100)
@@ -210,9 +211,12 @@ def norm_modulate_kernel(
 
 
 @functools.cache
-def specialise(columns: int, capability: int) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
-    """(compile-time constants, launch options) of a kernel over rows of ``columns``. Powers of two are what a program
-    can hold: the largest in the row, and one for what is left of it, waste less than one for all.
+def specialise(
+    columns: int, capability: int, gelu: str | None = None
+) -> tuple[dict[str, int | bool | str], dict[str, int | bool]]:
+    """(compile-time constants, launch options) of a kernel over rows of ``columns``: of quantization behind ``gelu``,
+    or, None, of modulation. Powers of two are what a program can hold: the largest in the row, and one for what is left
+    of it, waste less than one for all.
     """
     whole = min(1 << max(columns.bit_length() - 1, 0), MAX_ACTIVATION_BLOCK)
     rest = triton.next_power_of_2(columns - whole) if whole < columns <= MAX_ACTIVATION_BLOCK else 0
@@ -220,7 +224,8 @@ def specialise(columns: int, capability: int) -> tuple[dict[str, int | bool], di
     early = starts_early(capability)
     # A fused multiply-add would round once where the definition rounds twice.
     options = dict(num_warps=warps, enable_fp_fusion=False) | launch_options(early)
-    return dict(BLOCK_K=whole, REST=rest, EARLY=early), options
+    quantizes = {} if gelu is None else dict(GELU=gelu, ONE_PASS=0 < columns <= MAX_ACTIVATION_BLOCK)
+    return dict(BLOCK_K=whole, REST=rest, EARLY=early) | quantizes, options
 
 
 def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,20 +233,22 @@ def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[to
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        constants, options = specialise(columns, describe(x.device).capability)
+        constants, options = specialise(columns, describe(x.device).capability, gelu)
         with launch_device(x):
-            quantize_activation_kernel[(rows,)](
-                x,
-                amax,
-                codes,
-                scales,
-                columns,
-                x.stride(0),
-                x.stride(1),
-                GELU=gelu,
-                ONE_PASS=0 < columns <= MAX_ACTIVATION_BLOCK,
-                **constants,
-                **options,
+            launch(
+                quantize_activation_kernel,
+                (rows,),
+                (
+                    x,
+                    amax,
+                    codes,
+                    scales,
+                    columns,
+                    x.stride(0),
+                    x.stride(1),
+                ),
+                constants,
+                options,
             )
     return codes, scales
 
@@ -282,24 +289,28 @@ def _norm_modulate(
     shift, scale = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
     constants, options = specialise(columns, describe(x.device).capability)
     with launch_device(x):
-        norm_modulate_kernel[(rows * batches,)](
-            x,
-            weight,
-            bias,
-            shift,
-            scale,
-            amax,
-            y,
-            y_scales,
-            rows,
-            columns,
-            x.stride(0),
-            x.stride(1),
-            0 if shift is None else shift.stride(0),
-            0 if scale is None else scale.stride(0),
-            eps,
-            **constants,
-            **options,
+        launch(
+            norm_modulate_kernel,
+            (rows * batches,),
+            (
+                x,
+                weight,
+                bias,
+                shift,
+                scale,
+                amax,
+                y,
+                y_scales,
+                rows,
+                columns,
+                x.stride(0),
+                x.stride(1),
+                0 if shift is None else shift.stride(0),
+                0 if scale is None else scale.stride(0),
+                eps,
+            ),
+            constants,
+            options,
         )
 
 

@@ -19,6 +19,7 @@ from .config import Config, cdiv
 from .decode import matrix_operand_type
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
+from .launch import launch
 from .tile_order import tile_position
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the first element
@@ -137,19 +138,23 @@ def dense_product(
         right = TensorDescriptor(w, [out_features, in_features], [w.stride(0), 1], [config.block_n, config.block_k])
         programs = min(tiles, multiprocessors)
     constants, options = specialise(config, y.dtype, in_features % config.block_k == 0)
-    dense_product_kernel[(programs,)](
-        left,
-        right,
-        sx,
-        scale,
-        bias,
-        y,
-        rows,
-        out_features,
-        in_features,
-        x.stride(0),
-        w.stride(0),
-        y.stride(0),
-        **constants,
-        **options,
+    launch(
+        dense_product_kernel,
+        (programs,),
+        (
+            left,
+            right,
+            sx,
+            scale,
+            bias,
+            y,
+            rows,
+            out_features,
+            in_features,
+            x.stride(0),
+            w.stride(0),
+            y.stride(0),
+        ),
+        constants,
+        options,
     )

@@ -21,6 +21,7 @@ from .config import SCRATCH_BYTES, Config, cdiv, columns_per_part
 from .decode import BLOCK, HALF_BLOCK, between_halves, load_group_parameters, load_halves, load_halves_as, part_of_block
 from .dense_product import dense_product
 from .interpreter import interpreting
+from .launch import launch
 from .operands import Operands
 
 EXPANSION_BLOCK_N = 64
@@ -111,19 +112,23 @@ def expand(weight: PackedWeight, first: int, expanded: torch.Tensor) -> None:
     qweight, scale, group_code, fmt, in_features = weight
     constants, options = specialise(fmt, in_features % BLOCK.value == 0, expanded.element_size())
     parts = HALF_BLOCK.value // constants["PART"]
-    expansion_kernel[(cdiv(count, EXPANSION_BLOCK_N), cdiv(in_features, BLOCK.value) * parts)](
-        qweight,
-        scale,
-        group_code,
-        expanded,
-        first,
-        count,
-        qweight.shape[0],
-        in_features,
-        qweight.stride(0),
-        fmt.group_count(in_features),
-        **constants,
-        **options,
+    launch(
+        expansion_kernel,
+        (cdiv(count, EXPANSION_BLOCK_N), cdiv(in_features, BLOCK.value) * parts),
+        (
+            qweight,
+            scale,
+            group_code,
+            expanded,
+            first,
+            count,
+            qweight.shape[0],
+            in_features,
+            qweight.stride(0),
+            fmt.group_count(in_features),
+        ),
+        constants,
+        options,
     )
 
 

@@ -25,6 +25,7 @@ from .decode import (
 from .device import launch_device
 from .expansion import expanded_gradient
 from .interpreter import interpreting
+from .launch import launch
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,19 +117,23 @@ def grad_input(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     parts = HALF_BLOCK.value // constants["PART"]
     grid = (cdiv(rows, constants["BLOCK_M"]), cdiv(in_features, BLOCK.value) * parts)
     with launch_device(grad):
-        grad_input_kernel[grid](
-            grad,
-            qweight,
-            scale,
-            group_code,
-            grad_x,
-            rows,
-            out_features,
-            in_features,
-            grad.stride(0),
-            qweight.stride(0),
-            fmt.group_count(in_features),
-            **constants,
-            **options,
+        launch(
+            grad_input_kernel,
+            grid,
+            (
+                grad,
+                qweight,
+                scale,
+                group_code,
+                grad_x,
+                rows,
+                out_features,
+                in_features,
+                grad.stride(0),
+                qweight.stride(0),
+                fmt.group_count(in_features),
+            ),
+            constants,
+            options,
         )
     return grad_x

@@ -29,6 +29,7 @@ from .decode import (
 from .device import describe
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
+from .launch import launch
 from .operands import Operands
 from .silu import silu
 from .tile_order import tile_position
@@ -181,21 +182,25 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
         describe(x.device).capability,
         x.dtype == torch.int8,
     )
-    in_loop_product_kernel[(cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),)](
-        x,
-        operands.sx,
-        weight.qweight,
-        weight.scale,
-        weight.group_code,
-        operands.bias,
-        y,
-        rows,
-        out_features,
-        in_features,
-        x.stride(0),
-        weight.qweight.stride(0),
-        fmt.group_count(in_features),
-        **constants,
-        **options,
+    launch(
+        in_loop_product_kernel,
+        (cdiv(rows, config.block_m) * cdiv(out_features, config.block_n),),
+        (
+            x,
+            operands.sx,
+            weight.qweight,
+            weight.scale,
+            weight.group_code,
+            operands.bias,
+            y,
+            rows,
+            out_features,
+            in_features,
+            x.stride(0),
+            weight.qweight.stride(0),
+            fmt.group_count(in_features),
+        ),
+        constants,
+        options,
     )
     return y

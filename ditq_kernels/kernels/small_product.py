@@ -20,6 +20,7 @@ from .config import Config, cdiv
 from .decode import BLOCK, HALF_BLOCK, group_index
 from .epilogue import epilogue, store_tile
 from .interpreter import interpreting
+from .launch import launch
 from .operands import Operands
 from .silu import silu
 
@@ -189,20 +190,24 @@ def small_product(operands: Operands, config: Config) -> torch.Tensor:
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(config, fmt, operands.silu, x.dtype)
-    small_product_kernel[(cdiv(out_features, config.block_n),)](
-        x,
-        weight.qweight,
-        weight.scale,
-        weight.group_code,
-        operands.bias,
-        y,
-        rows,
-        out_features,
-        in_features,
-        x.stride(0),
-        weight.qweight.stride(0),
-        fmt.group_count(in_features),
-        **constants,
-        **options,
+    launch(
+        small_product_kernel,
+        (cdiv(out_features, config.block_n),),
+        (
+            x,
+            weight.qweight,
+            weight.scale,
+            weight.group_code,
+            operands.bias,
+            y,
+            rows,
+            out_features,
+            in_features,
+            x.stride(0),
+            weight.qweight.stride(0),
+            fmt.group_count(in_features),
+        ),
+        constants,
+        options,
     )
     return y

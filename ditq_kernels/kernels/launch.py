@@ -1,0 +1,78 @@
+"""Launching a kernel again without asking Triton once more what it found out the first time.
+
+Triton's own launch binds arguments by name, reads settings from the environment and describes every argument to find
+what was compiled for them: most of what a small product costs the host. What was compiled depends on less than that,
+and the second launch of the same goes to it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+
+from .interpreter import interpreting
+
+ALIGNMENT = 16  # of addresses: what is compiled knows whether they are its multiples
+MOST_KEPT = 4096
+# What was compiled, the constants' values in the kernel's order, and the objects whose identities the key holds.
+_kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
+
+
+def _key(
+    kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Any, ...] | None:
+    """Equal for launches of what was compiled for one of them; None for what is left to Triton: its interpreter,
+    addresses that are not aligned, and who listens to launches.
+    """
+    if interpreting():
+        return None
+    heard = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls or kernel.pre_run_hooks
+    if heard:
+        return None
+    key: list[Any] = [id(kernel), id(constants), id(options), driver.active.get_current_device()]
+    addresses = 0
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            addresses |= argument.data_ptr()
+            key.append(argument.dtype)
+        elif isinstance(argument, int) or argument is None:
+            key.append(argument)  # the value: 1 and multiples of 16 are compiled for
+        elif isinstance(argument, float):
+            key.append(float)
+        else:  # a descriptor, whose address is aligned
+            key.append((argument.base.dtype, *argument.block_shape))
+    return None if addresses % ALIGNMENT else tuple(key)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """``kernel[grid](*arguments, **constants, **options)``, on the current device and stream.
+
+    Args:
+        arguments: all that are no compile-time constants, in the kernel's order: tensors, descriptors, numbers, None.
+        constants, options: the same objects whenever they hold the same: they are told apart by identity.
+    """
+    key = _key(kernel, arguments, constants, options)
+    kept = _kept.get(key)
+    if kept is None:
+        compiled = kernel[grid](*arguments, **constants, **options)
+        if key is not None:
+            if len(_kept) >= MOST_KEPT:
+                _kept.clear()
+            values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            _kept[key] = compiled, values, (kernel, constants, options)
+        return
+    compiled, values, _ = kept
+    stream = driver.active.get_current_stream(key[3])
+    hooks = (None, None, None)  # what a launch tells of itself, and who is told before and after
+    handles = compiled.function, compiled.packed_metadata
+    compiled.run(*grid, *(1,) * (3 - len(grid)), stream, *handles, *hooks, *arguments, *values)
