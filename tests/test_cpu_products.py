@@ -187,7 +187,7 @@ def special_rows(rows, inputs, dtype):
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("amax", [None, 0.75, 0.0, 1e-38], ids="amax {}".format)
+@pytest.mark.parametrize("amax", [None, 0.75, 0.0, 1e-38, torch.inf, torch.nan], ids="amax {}".format)
 @pytest.mark.parametrize("inputs", [1, 7, 128, 200, 1152])
 @pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
 @levels

@@ -119,6 +119,8 @@ def test_bad_input_is_named():
         layer(torch.zeros(3, 199))
     with pytest.raises(TypeError, match=r"floating-point, got torch\.int64"):
         layer(torch.zeros(3, 200, dtype=torch.int64))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"floating-point, got torch\.int64"):
+        layer(torch.zeros(3, 200, dtype=torch.int64))
     with pytest.raises(ValueError, match="the layer is on cpu but the input is on meta; move one"):
         layer(torch.zeros(3, 200, device="meta"))
     with pytest.raises(

@@ -9,6 +9,7 @@ import torch
 from oracle import activations, linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditq_kernels as ditq
@@ -71,6 +72,12 @@ def test_fused_functions_compile():
 def test_codes_are_not_activations():
     with pytest.raises(TypeError, match=r"must be floating-point, got torch\.int8"):
         ops.gelu_quantize(torch.zeros(2, 4, dtype=torch.int8))
+    weight, _ = parts("w8_g64")
+    for quantizes_input in (False, True):
+        with pytest.raises(TypeError, match=r"must be floating-point, got torch\.int32"):
+            ops.quantized_linear(
+                torch.zeros(2, 150, dtype=torch.int32), *weight, weight_format="w8_g64", quantizes_input=quantizes_input
+            )
 
 
 @pytest.mark.parametrize("scheme", SAMPLES)
@@ -409,6 +416,12 @@ class _Listed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Called(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.__dict__.setdefault("names", []).append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def test_a_layer_calls_its_ops_where_something_looks():
     layer, x = QuantLinear.from_linear(torch.nn.Linear(128, 48), "w8a8"), activations(7, 128, torch.float32, CPU)
@@ -426,6 +439,13 @@ def test_a_layer_calls_its_ops_where_something_looks():
     )
     targets = [str(node.target) for node in traced.graph.nodes if "ditq" in str(node.target)]
     assert targets == ["ditq.quantize_activation.default", "ditq.linear_a8.default"]
+    few = make_fx(
+        lambda x, *parts: ops.quantized_linear(x, *parts, weight_format="w8", quantizes_input=False), pre_dispatch=True
+    )(x, *parts)
+    assert [str(node.target) for node in few.graph.nodes if "ditq" in str(node.target)] == ["ditq.linear_a16.default"]
+    with _Called() as called:
+        assert torch.equal(layer(x), expected)
+    assert [name for name in called.names if "ditq" in name] == ["ditq.quantize_activation", "ditq.linear_a8"]
     assert "ditq::linear_a8" in str(torch.jit.trace(layer, (x,), check_trace=False).graph)
     batches = torch.stack([x, 2 * x])
     assert torch.equal(torch.vmap(layer)(batches), layer(batches))

@@ -31,7 +31,7 @@ Lanes from_bfloat16(const void* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(from)), 16));
 }
 Lanes from_float16(const void* from) { return _mm512_cvtph_ps(halves(from)); }
-Lanes limited(Lanes y) { return _mm512_max_ps(_mm512_min_ps(y, Lanes{} + LARGEST), Lanes{} - LARGEST); }
+Lanes limited(Lanes y) { return _mm512_max_ps(Lanes{} - LARGEST, _mm512_min_ps(Lanes{} + LARGEST, y)); }  // NaN stays
 void store_lowest_bytes(Lanes y, std::int8_t* to) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_castps_si512(y)));
 }
@@ -41,7 +41,7 @@ Lanes from_bfloat16(const void* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(from)), 16));
 }
 Lanes from_float16(const void* from) { return _mm256_cvtph_ps(halves(from)); }
-Lanes limited(Lanes y) { return _mm256_max_ps(_mm256_min_ps(y, Lanes{} + LARGEST), Lanes{} - LARGEST); }
+Lanes limited(Lanes y) { return _mm256_max_ps(Lanes{} - LARGEST, _mm256_min_ps(Lanes{} + LARGEST, y)); }  // NaN stays
 void store_lowest_bytes(Lanes y, std::int8_t* to) {
     const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of each half's four dwords
     const __m256i quads = _mm256_shuffle_epi8(_mm256_castps_si256(y), lowest);

@@ -182,6 +182,7 @@ def _is_seen(x: torch.Tensor) -> bool:
         or type(x) not in (torch.Tensor, nn.Parameter)
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
@@ -263,8 +264,11 @@ def quantized_linear(
         amax: fp32 [1], the calibrated reach of the input; None finds one per row.
 
     Raises:
+        TypeError: if ``x`` is not floating-point.
         ValueError: if the parts of the weight do not fit each other or the input, or are not contiguous.
     """
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"the input must be floating-point, got {x.dtype}")
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
