@@ -58,7 +58,7 @@ STRATA = (
     Stratum(
         "checkpoint",
         (*_below("checkpoint", "store manifest adapters"), "files.py"),
-        ("files", "adapters", "checkpoint", "interruption"),
+        ("files", "adapters", "checkpoint", "interruption", "nothing_in_silence", "pipelines"),
     ),
     Stratum(
         "metrics",
