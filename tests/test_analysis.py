@@ -48,6 +48,13 @@ def test_a_histogram_counts_every_value_once_and_in_its_bin():
     assert found.negative.sum() == ((x < 0) & (x.abs() >= edge(0))).sum()
 
 
+def test_what_is_beyond_the_bins_is_in_the_last_or_counts_as_zero():
+    found = Histogram()
+    found.add(torch.tensor([2.0**16.9, 2.0**17, 2.0**30, -(2.0**17), 2.0**-24.1, 2.0**-23.9]))
+    assert (edge(len(found.positive)), edge(0)) == (2.0**17, 2.0**-24)
+    assert [int(found.positive[-1]), int(found.negative[-1]), int(found.positive[0]), found.zeros] == [3, 1, 1, 1]
+
+
 def test_quantiles_are_right_to_a_bin():
     torch.manual_seed(0)
     x = torch.randn(20000)

@@ -234,6 +234,8 @@ def test_versions(saved_tiny):
         ({"dtype": "int8"}, "dtype 'int8', which is no floating"),
         ({"dtype": "os"}, "dtype 'os', which is no floating"),
         ({"in_features": "many"}, "the manifest is damaged"),
+        ({"in_features": 0}, "the manifest is damaged"),
+        ({"out_features": -32}, "the manifest is damaged"),
         ({"in_features": 64}, r"blocks\.0\.to_q is 32 -> 32 in the model and 64 -> 32 in the checkpoint"),
         ({"bias": False}, r"holds blocks\.0\.to_q\.bias, which the model does not have"),
         ({"novelty": 1}, "is damaged"),

@@ -9,7 +9,7 @@ import torch
 from small_sources import small_dit
 
 import ditq_kernels as ditq
-from ditq_kernels.evaluation.samples import Request, draw, fingerprint, load, save_for_other_evaluators
+from ditq_kernels.evaluation.samples import Request, digest, draw, fingerprint, load, save_for_other_evaluators
 from ditq_kernels.integrations.sampling import default_scheduler, sample
 
 REQUEST = Request("small", "0123", classes=3, count=7, first_seed=40, steps=3, guidance=2.0, batch=2)
@@ -103,3 +103,7 @@ def test_the_layout_of_other_evaluators(tmp_path):
         assert found["arr_0"].shape == (2, 4, 4, 3) and found["arr_0"].dtype == np.uint8
         assert found["arr_0"].min() == 0 and found["arr_0"].max() == 255 and found["arr_1"].tolist() == [3, 1]
         assert (found["arr_0"][..., 0] == found["arr_0"][..., 2]).all()
+
+
+def test_a_digest_does_not_depend_on_the_order_of_what_it_is_of():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})
