@@ -33,7 +33,8 @@ def _key(
     heard = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls or kernel.pre_run_hooks
     if heard:
         return None
-    key: list[Any] = [id(kernel), id(constants), id(options), driver.active.get_current_device()]
+    active = driver.active
+    key: list[Any] = [active.get_current_device(), id(active), id(kernel), id(constants), id(options)]
     addresses = 0
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
@@ -65,14 +66,14 @@ def launch(
     kept = _kept.get(key)
     if kept is None:
         compiled = kernel[grid](*arguments, **constants, **options)
-        if key is not None:
+        if key is not None and compiled is not None:  # a hook may keep Triton from compiling
             if len(_kept) >= MOST_KEPT:
                 _kept.clear()
             values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _kept[key] = compiled, values, (kernel, constants, options)
+            _kept[key] = compiled, values, (driver.active, kernel, constants, options)
         return
     compiled, values, _ = kept
-    stream = driver.active.get_current_stream(key[3])
+    stream = driver.active.get_current_stream(key[0])
     hooks = (None, None, None)  # what a launch tells of itself, and who is told before and after
     handles = compiled.function, compiled.packed_metadata
     compiled.run(*grid, *(1,) * (3 - len(grid)), stream, *handles, *hooks, *arguments, *values)
