@@ -36,7 +36,9 @@ STRATA = (
         ("reference", "linear", "ops"),
     ),
     Stratum(
-        "ops", _below("layer", "ops backend cpu_extension cpu"), ("linear", "cpu_extension", "ops", "cpu_products")
+        "ops",
+        _below("layer", "ops backend cpu_extension cpu"),
+        ("linear", "cpu_extension", "seen_ops", "ops", "cpu_products"),
     ),
     Stratum(
         "linear",
