@@ -1,7 +1,7 @@
 """Triton kernels behind the ops: raw tensors in and out, the same signatures as :mod:`ditq_kernels.layer.reference`."""
 
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
-from .dispatch import linear_a8, linear_a16, quantized_linear
+from .dispatch import linear_a8, linear_a16
 from .gradient import grad_input
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "norm_modulate",
     "norm_modulate_quantize",
     "quantize_activation",
-    "quantized_linear",
 ]

@@ -19,7 +19,6 @@ __all__ = [
     "norm_modulate",
     "norm_modulate_quantize",
     "quantize_activation",
-    "quantized_linear",
 ]
 
 
@@ -43,14 +42,6 @@ def linear_a8(
     shape = (qx.shape[0], weight.out_features, weight.in_features)
     _refuse(extension.why_unsupported_a8(*shape, weight.fmt, out_dtype, describe(qx.device).capability))
     return extension.linear_a8(qx, sx, weight, bias, out_dtype)
-
-
-def quantized_linear(
-    x: torch.Tensor, amax: torch.Tensor | None, weight: PackedWeight, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """See :func:`ditq_kernels.layer.reference.quantized_linear`."""
-    qx, sx = quantize_activation(x, amax)
-    return linear_a8(qx, sx, weight, bias, x.dtype)
 
 
 def linear_a16(

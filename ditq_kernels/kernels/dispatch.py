@@ -11,7 +11,6 @@ from ..layer import extension
 from ..layer.formats import WeightFormat
 from ..layer.packed_weight import PackedWeight
 from . import tables
-from .activation import quantize_activation
 from .config import Config, Problem, row_class
 from .dense_product import dense_product
 from .device import Device, describe, launch_device
@@ -139,14 +138,6 @@ def linear_a8(
 ) -> torch.Tensor:
     """See :func:`ditq_kernels.layer.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
     return product(Operands(qx, sx.contiguous(), weight, bias, out_dtype), config)
-
-
-def quantized_linear(
-    x: torch.Tensor, amax: torch.Tensor | None, weight: PackedWeight, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """See :func:`ditq_kernels.layer.reference.quantized_linear`."""
-    qx, sx = quantize_activation(x, amax)
-    return linear_a8(qx, sx, weight, bias, x.dtype)
 
 
 def linear_a16(

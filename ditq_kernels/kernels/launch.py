@@ -1,7 +1,7 @@
 """Launching a kernel again without asking Triton once more what it found out the first time.
 
 Triton's own launch binds arguments by name, reads settings from the environment and describes every argument to find
-what was compiled for them: most of what a small product costs the host. What was compiled depends on less than that,
+what was compiled for them: half of what a quantized layer costs the host. What was compiled depends on less than that,
 and the second launch of the same goes to it at once.
 """
 

@@ -198,7 +198,10 @@ def _computed(rows, bias, amax, qweight, scale, group_code, weight_format, quant
     bias, backend = side_by_side(bias), backend_of(rows.device)
     if not quantizes_input:
         return backend.linear_a16(rows, weight, bias)
-    return backend.quantized_linear(rows, None if amax is None else one_number(amax, rows.device), weight, bias)
+    amax = None if amax is None else one_number(amax, rows.device)
+    if hasattr(backend, "quantized_linear"):  # both at once
+        return backend.quantized_linear(rows, amax, weight, bias)
+    return backend.linear_a8(*backend.quantize_activation(rows, amax), weight, bias, rows.dtype)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
