@@ -12,7 +12,7 @@ from .layer.ops import quantize_activation
 if TYPE_CHECKING:
     from .checkpoint.store import CheckpointError, load, save
     from .model.calibration import Calibration, calibrate
-    from .model.pipelines import PipelinePlan, plan, quantize
+    from .model.pipelines import PipelinePlan, fuse, plan, quantize, unfuse
     from .model.plan_entry import PlanEntry
     from .model.planning import Plan
     from .model.saturation import Saturation, SaturationWarning, saturation
@@ -33,6 +33,7 @@ __all__ = [
     "Scheme",
     "UnsupportedError",
     "calibrate",
+    "fuse",
     "load",
     "plan",
     "quantize",
@@ -40,6 +41,7 @@ __all__ = [
     "saturation",
     "save",
     "smooth",
+    "unfuse",
     "use_backend",
 ]
 
@@ -47,7 +49,7 @@ __all__ = [
 _IMPORTED_FROM = {
     **dict.fromkeys(("CheckpointError", "load", "save"), ".checkpoint.store"),
     **dict.fromkeys(("Calibration", "calibrate"), ".model.calibration"),
-    **dict.fromkeys(("PipelinePlan", "plan", "quantize"), ".model.pipelines"),
+    **dict.fromkeys(("PipelinePlan", "fuse", "plan", "quantize", "unfuse"), ".model.pipelines"),
     "PlanEntry": ".model.plan_entry",
     "Plan": ".model.planning",
     **dict.fromkeys(("Saturation", "SaturationWarning", "saturation"), ".model.saturation"),

@@ -8,7 +8,7 @@ from oracle import COMPILED, activations, assert_within_budget, generator
 from ditq_kernels import UnsupportedError, kernels
 from ditq_kernels.kernels import activation
 from ditq_kernels.kernels import config as kernel_config
-from ditq_kernels.layer import error_budget, ops, reference
+from ditq_kernels.layer import contracts, error_budget, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ def check_codes(codes, scales, exact, error, amax):
     assert error_budget.worst_share_of_codes(codes, scales, exact, error, reference.SMALLEST_AMAX, amax) <= 1
 
 
-@pytest.mark.parametrize("approximate", ops.GELU_FORMS)
+@pytest.mark.parametrize("approximate", contracts.GELU_FORMS)
 @static
 @dtypes
 @pytest.mark.parametrize("columns", [200, 20000] if COMPILED else [1, 200, 1152, 20000])
@@ -92,7 +92,7 @@ def test_a_broken_row_gets_the_scale_nan(module, device):
     assert torch.equal(torch.isnan(scales), broken) and not codes[broken].any()
     for value in (float("-inf"), float("inf"), float("nan")):
         x[0, 1, 3] = value
-        for approximate in ops.GELU_FORMS:
+        for approximate in contracts.GELU_FORMS:
             codes, scales = module.gelu_quantize(x[0], None, approximate)
             assert torch.equal(torch.isnan(scales), broken) and not codes[broken].any()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from .formats import Scheme, WeightFormat
 from .grid import DEFAULT_ZERO_POINT
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS, pack_groups
+from .quantized_input import QuantizedInput
 from .quantizer import QuantizedWeight, quantize_weight
 from .replaced_weight import ReplacedWeight
 from .weight_view import WeightView
@@ -32,6 +34,14 @@ _QUANTIZED_AGAIN = (
     "An adapter that stays unfused costs none of that; unfusing brings the bits before back"
 )
 REPLACED_KEPT = 8  # adapters merged one after another that unmerge to the bits before
+
+
+class SharedInput(Protocol):
+    """What joins a layer with others, a :class:`ditq_kernels.layer.concatenation.SharedInput`."""
+
+    def join(self) -> bool: ...
+
+    def forget(self) -> None: ...
 
 
 class RequantizationWarning(UserWarning):
@@ -109,6 +119,7 @@ class QuantLinear(nn.Linear):
         self.input_amax = StoredPart(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self._replaced: list[ReplacedWeight] = []  # what requantize may have to bring back, the last one last
+        self.shared_input: SharedInput | None = None  # of layers that this one is joined with
         return self
 
     @classmethod
@@ -162,15 +173,20 @@ class QuantLinear(nn.Linear):
         self.train(linear.training)
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | QuantizedInput) -> torch.Tensor:
         """``x`` [..., K] to [..., N] in ``x.dtype`` (under autocast, in autocast's dtype).
+
+        Args:
+            x: a tensor; or one that the pass before has quantized, for inference with a scheme of int8 activations.
 
         Raises:
             ValueError: if the last dimension of ``x`` is not K, or ``x`` is on another device than the weights.
-            TypeError: if ``x`` is not floating-point.
+            TypeError: if ``x`` is not floating-point, or quantized and the scheme does not quantize activations.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
+        if isinstance(x, QuantizedInput):
+            return self._product_of_codes(x)
         if not x.dtype.is_floating_point:
             raise TypeError(f"the input must be floating-point, got {x.dtype}")
         if x.device != self.qweight.device:
@@ -182,18 +198,39 @@ class QuantLinear(nn.Linear):
         return ops.quantized_linear(
             x,
             self.qweight,
-            self.scale,
-            self.group_code,
+            *self._of_groups(),
             self.bias,
             weight_format=self.scheme.weight.name,
             quantizes_input=self.scheme.activation.bits == 8,
             amax=self.input_amax,
         )
 
+    def _product_of_codes(self, x: QuantizedInput) -> torch.Tensor:
+        if self.scheme.activation.bits != 8:
+            raise TypeError(f"a layer in {self.scheme} multiplies activations as they are, and was given int8 codes")
+        weight = self.qweight, *self._of_groups(), self.bias
+        return ops.product_of_codes(x, *weight, weight_format=self.scheme.weight.name)
+
+    def of_silu(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer of ``silu(x)``, in one pass, for inference with a scheme of 16-bit activations.
+
+        Raises:
+            TypeError: if the scheme quantizes activations.
+        """
+        if self.scheme.activation.bits == 8:
+            raise TypeError(f"a layer in {self.scheme} quantizes its input: give it silu(x)")
+        weight = self.qweight, *self._of_groups(), self.bias
+        return ops.product_of_silu(x, *weight, weight_format=self.scheme.weight.name)
+
     @property
     def packed_weight(self) -> PackedWeight:
         """The stored weight in one value, as backends are given it."""
-        return PackedWeight(self.qweight, self.scale, self.group_code, self.scheme.weight, self.in_features)
+        return PackedWeight(self.qweight, *self._of_groups(), self.scheme.weight, self.in_features)
+
+    def _of_groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """scale and group_code as kernels read them: in a layer that is joined with others, they are not contiguous."""
+        group_code = self.group_code
+        return self.scale.contiguous(), None if group_code is None else group_code.contiguous()
 
     def dequantized_weight(self) -> torch.Tensor:
         """fp32 [N, K]: exactly the values that the kernels multiply by."""
@@ -222,6 +259,8 @@ class QuantLinear(nn.Linear):
             # Loaders make parameters of their own, and older ones cast codes to floats, which hold them exactly.
             param = StoredPart(param.detach().to(before.dtype) if whole else param.detach())
         super().register_parameter(name, param)
+        if vars(self).get("shared_input") is not None:
+            self.shared_input.forget()
 
     @torch.no_grad()
     def requantize(self, weight: torch.Tensor) -> None:
@@ -262,7 +301,7 @@ class QuantLinear(nn.Linear):
 
     def _overwrite(self, weight: PackedWeight) -> None:
         # In place: captured graphs and layers that share the weight see it, as they would see an nn.Linear's.
-        for stored, part in zip(self.packed_weight[:3], weight[:3], strict=True):
+        for stored, part in zip((self.qweight, self.scale, self.group_code), weight[:3], strict=True):
             if stored is not None:
                 stored.data.copy_(part)
 
@@ -298,4 +337,6 @@ class QuantLinear(nn.Linear):
                 setattr(self, name, StoredPart(after.detach()))
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = dtype if dtype.is_floating_point else self.dtype
+        if self.shared_input is not None:
+            self.shared_input.join()
         return self

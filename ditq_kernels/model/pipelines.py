@@ -1,5 +1,5 @@
-"""Whole pipelines: what of them is quantized, their plans, and quantizing them. Also what ``ditq.plan`` and
-``ditq.quantize`` are, which take a model as well.
+"""Whole pipelines: what of them is quantized, their plans, and quantizing them. Also what ``ditq.plan``,
+``ditq.quantize`` and ``ditq.fuse`` are, which take a model as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..layer.formats import Scheme
-from . import conversion, planning
+from . import conversion, fusion, planning
 from .calibration import Calibration
 from .planning import Plan
 
@@ -125,6 +125,7 @@ def quantize(
     *,
     components: Collection[str] | None = None,
     clip: float | str | None = None,
+    fused: bool = False,
     progress: bool = True,
 ) -> Any:
     """Quantize ``model``, a model or a whole pipeline, in place; returns it.
@@ -137,13 +138,15 @@ def quantize(
         calibration: of the model; of a pipeline's one denoiser, or of its models by the component's name.
         components: names of a pipeline's models to quantize; None: all denoisers and text encoders.
         rounding, clip, progress: see :func:`ditq_kernels.model.conversion.quantize`.
+        fused: whether to :func:`fuse` it then.
 
     Raises:
         TypeError, ValueError: as :func:`ditq_kernels.model.conversion.quantize` and :func:`models_of` do.
     """
     if not is_pipeline(model):
         _check_no_components(components)
-        return conversion.quantize(model, scheme_or_plan, calibration, rounding, clip=clip, progress=progress)
+        conversion.quantize(model, scheme_or_plan, calibration, rounding, clip=clip, progress=progress)
+        return fuse(model) if fused else model
     if isinstance(scheme_or_plan, Plan):
         raise TypeError("a Plan is of one model; of a pipeline, ditq.plan(pipe, ...) makes one for each of its models")
     if isinstance(scheme_or_plan, PipelinePlan):
@@ -166,7 +169,46 @@ def quantize(
         requests.append((one, chosen[name], calibrations.get(name), how))
     for request in requests:
         conversion.convert(*request, clip=clip, progress=progress)
+    return fuse(model) if fused else model
+
+
+def fuse(model: Any) -> Any:
+    """Let the blocks of ``model``, a transformer or a pipeline of diffusers, make fewer passes, in place; returns it.
+
+    In every attention, layers that are fed the same input quantize it once and multiply it in one product. In blocks
+    that are known (:data:`ditq_kernels.model.fused_blocks.FUSED_BLOCKS`), norms and their modulation, and GELU, hand on
+    int8 codes, and what is gated is added in one pass.
+
+    Nothing that is stored changes: parameters keep their names, as views of joined memory; state dicts, adapters and
+    saving work as before. Products give the same bits; norms and gates round once where they rounded several times.
+    Everything runs as before where gradients are wanted, and what has got an adapter or a hook is called as it was.
+    :func:`unfuse` undoes it.
+
+    Raises:
+        TypeError: if ``model`` is neither.
+    """
+    for part in _parts(model):
+        fusion.fuse(part)
     return model
+
+
+def unfuse(model: Any) -> Any:
+    """Undo :func:`fuse`, in place; returns ``model``.
+
+    Raises:
+        TypeError: if ``model`` is neither a model nor a pipeline.
+    """
+    for part in _parts(model):
+        fusion.unfuse(part)
+    return model
+
+
+def _parts(model: Any) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    if not is_pipeline(model):
+        raise TypeError(f"model must be an nn.Module or a pipeline, got {type(model).__name__}")
+    return [part for part in model.components.values() if isinstance(part, nn.Module)]
 
 
 def is_denoiser(component: str) -> bool:

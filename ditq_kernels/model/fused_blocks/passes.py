@@ -1,0 +1,96 @@
+"""What fused blocks are made of: passes that hand on int8 codes where the layers behind them take some.
+
+Each takes activations [B, T, K], and what modulates them as [B, K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...layer import ops
+from ...layer.concatenation import is_bare
+from ...layer.linear import QuantLinear
+from ...layer.quantized_input import QuantizedInput
+
+WIDEST_NORM = 16384  # channels that the kernels normalise at once
+
+
+def takes_codes(layer: nn.Module | None) -> bool:
+    """Whether ``layer`` can be given a :class:`QuantizedInput`."""
+    return layer is not None and is_bare(layer) and layer.scheme.activation.bits == 8
+
+
+def normed(
+    norm: nn.LayerNorm,
+    x: torch.Tensor,
+    layer: QuantLinear | None,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | QuantizedInput:
+    """``norm(x) * (1 + scale) + shift`` as ``layer``, the first of those behind, takes it; None: as a tensor."""
+    parts = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    if takes_codes(layer):
+        codes = ops.norm_modulate_quantize(x, shift, scale, layer.input_amax, **parts)
+        return QuantizedInput(*codes, x.shape, x.dtype)
+    return ops.norm_modulate(x, shift, scale, **parts)
+
+
+def has_norm(norm: nn.Module | None) -> bool:
+    """Whether :func:`normed` computes ``norm``."""
+    return (
+        isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1 and norm.normalized_shape[0] <= WIDEST_NORM
+    )
+
+
+def feed_forward(block: nn.Module, x: torch.Tensor | QuantizedInput) -> torch.Tensor:
+    """diffusers' ``FeedForward`` with GELU, which is quantized as it is computed."""
+    gelu, layer = block.net[0], block.net[2]
+    hidden = gelu.proj(x)
+    if not takes_codes(layer):
+        return layer(F.gelu(hidden, approximate=gelu.approximate))
+    codes = ops.gelu_quantize(hidden, layer.input_amax, gelu.approximate)
+    return layer(QuantizedInput(*codes, hidden.shape, hidden.dtype))
+
+
+FEED_FORWARD = ("", ".net.0", ".net.1", ".net.3")  # whose own forwards feed_forward does not call
+
+
+def has_feed_forward(block: nn.Module | None) -> bool:
+    """Whether :func:`feed_forward` computes ``block``."""
+    net = list(getattr(block, "net", ()))
+    if len(net) < 3 or type(net[0]).__name__ != "GELU":
+        return False
+    return isinstance(net[2], nn.Linear) and all(isinstance(one, nn.Dropout) for one in (net[1], *net[3:]))
+
+
+def modulation(norm: nn.Module, emb: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """What an adaptive norm makes of ``emb`` [B, K]: ``parts`` of [B, K]."""
+    layer = norm.linear
+    loads_silu = is_bare(layer) and layer.scheme.activation.bits != 8
+    return (layer.of_silu(emb) if loads_silu else layer(norm.silu(emb))).chunk(parts, dim=1)
+
+
+def added(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x + gate * y`` in ``x.dtype``, rounded once."""
+    return torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
+
+
+def clipped(x: torch.Tensor) -> torch.Tensor:
+    """``x``, whose largest values fp16 holds."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def quantize_alike(layers: Sequence[nn.Module]) -> bool:
+    """Whether the codes that one of ``layers`` would make of an input are those of the others."""
+    if not all(isinstance(layer, QuantLinear) for layer in layers):
+        return False
+    first, *others = layers
+    return all(
+        layer.scheme.activation == first.scheme.activation
+        and (first.input_amax is None or torch.equal(layer.input_amax, first.input_amax))
+        for layer in others
+    )

@@ -1,0 +1,72 @@
+"""The blocks of Stable Diffusion 3 and 3.5: diffusers' ``JointTransformerBlock``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..shared_projections import joined_at
+from .block import FusedBlock
+from .passes import FEED_FORWARD, added, feed_forward, has_feed_forward, has_norm, modulation, normed
+
+
+def _is_known(block: nn.Module) -> bool:
+    norms = [block.norm1.norm, block.norm1_context.norm, block.norm2]
+    mlps = [block.ff]
+    if not block.context_pre_only:
+        norms.append(block.norm2_context)
+        mlps.append(block.ff_context)
+    return all(map(has_norm, norms)) and all(map(has_feed_forward, mlps))
+
+
+def _forward(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    if joint_attention_kwargs or block._chunk_size is not None:
+        return None
+    x, text = hidden_states, encoder_hidden_states
+    parts = modulation(block.norm1, temb, 9 if block.use_dual_attention else 6)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *of_second = parts
+    if block.context_pre_only:  # the last block: nothing is left to do for the text
+        text_scale, text_shift = modulation(block.norm1_context, temb, 2)
+    else:
+        text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = modulation(
+            block.norm1_context, temb, 6
+        )
+    attention, text_attention = block.attn(
+        hidden_states=normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale),
+        encoder_hidden_states=normed(
+            block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
+        ),
+    )
+    second = None
+    if of_second:
+        shift, scale, second_gate = of_second
+        second = block.attn2(hidden_states=normed(block.norm1.norm, x, joined_at(block.attn2, "to_q"), shift, scale))
+    x = added(x, gate, attention)
+    if second is not None:
+        x = added(x, second_gate, second)
+    x = added(x, gate_mlp, feed_forward(block.ff, normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)))
+    if block.context_pre_only:
+        return None, x
+    text = added(text, text_gate, text_attention)
+    entering = normed(block.norm2_context, text, block.ff_context.net[0].proj, text_shift_mlp, text_scale_mlp)
+    return added(text, text_gate_mlp, feed_forward(block.ff_context, entering)), x
+
+
+SD3 = FusedBlock(
+    "JointTransformerBlock",
+    ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
+    _is_known,
+    (
+        *("norm1", "norm1.norm", "norm1_context", "norm1_context.norm", "norm2", "norm2_context"),
+        *(f"{name}{part}" for name in ("ff", "ff_context") for part in FEED_FORWARD),
+    ),
+    _forward,
+)
