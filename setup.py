@@ -199,7 +199,7 @@ class Level:
 
 
 _ROUNDING = ("quantize_weight.cpp", "compensate.cpp")
-_PRODUCT = ("quantize_activation.cpp", "int8_product.cpp", "few_rows_product.cpp")
+_PRODUCT = ("quantize_activation.cpp", "passes.cpp", "int8_product.cpp", "few_rows_product.cpp")
 _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DDITQ_LANES=16")
 _VNNI = (*_AVX512, "-mavx512vnni")
 # Which is used is decided at run time. From the least to the most: what two of them have in common, the linker takes

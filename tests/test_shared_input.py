@@ -180,6 +180,19 @@ def test_layers_are_called_one_by_one_where_joining_would_hide_something(x, prod
         assert torch.equal(shared(x)[1], whole.to_k(x)) and same(shared(x)[::2], expected[::2])
 
 
+def test_what_is_joined_in_inference_mode_can_be_differentiated_after(x):
+    whole = parent()
+    shared = SharedInput(whole, NAMES)
+    with torch.inference_mode():
+        whole.to(torch.bfloat16)
+        assert shared.join()
+        expected = shared(x.to(torch.bfloat16))
+    entering = x.to(torch.bfloat16).requires_grad_()
+    found = shared(entering)
+    sum(part.sum() for part in found).backward()
+    assert same(found, expected) and entering.grad is not None and whole.to_q.bias.grad is not None
+
+
 @torch.no_grad()
 def test_what_cannot_be_joined_stays_apart(x):
     whole = parent()

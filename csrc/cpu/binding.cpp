@@ -125,18 +125,39 @@ ActivationRounding rounding_of(const Tensor& x, const OptionalTensor& amax) {
     return given;
 }
 
-std::tuple<Tensor, Tensor> quantize_activation(Tensor x, OptionalTensor amax, std::int64_t level) {
+// Codes and scales of the rows of `x`, which `quantize` fills: [first, last) of what it is given.
+template <class Quantize>
+std::tuple<Tensor, Tensor> codes_of(const Tensor& x, const OptionalTensor& amax, Quantize quantize) {
     Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Char);
     Tensor scale = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
     ActivationRounding given = rounding_of(x, amax);
     given.codes = static_cast<std::int8_t*>(codes.mutable_data_ptr());
     given.scale = static_cast<float*>(scale.mutable_data_ptr());
-    const RoundActivations round = chosen(product_levels(), level).round_activations;
     const std::int64_t rows_per_task = std::max<std::int64_t>(1, ACTIVATIONS_PER_TASK / given.inputs);
     torch::stable::parallel_for(0, given.rows, rows_per_task, [&](std::int64_t first, std::int64_t last) {
-        round(given, first, last);
+        quantize(given, first, last);
     });
     return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_activation(Tensor x, OptionalTensor amax, std::int64_t level) {
+    return codes_of(x, amax, chosen(product_levels(), level).round_activations);
+}
+
+std::tuple<Tensor, Tensor> gelu_quantize(Tensor x, OptionalTensor amax, std::int64_t level) {
+    return codes_of(x, amax, chosen(product_levels(), level).quantize_gelu);
+}
+
+std::tuple<Tensor, Tensor> norm_quantize(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor gain, OptionalTensor shift,
+    OptionalTensor amax, std::int64_t tokens, double eps, std::int64_t level) {
+    const QuantizeNormed quantize = chosen(product_levels(), level).quantize_normed;
+    return codes_of(x, amax, [&](const ActivationRounding& rounding, std::int64_t first, std::int64_t last) {
+        const NormQuantize given{
+            rounding, static_cast<float>(eps), tokens, pointer<float>(weight), pointer<float>(bias),
+            pointer<float>(gain), pointer<float>(shift)};
+        quantize(given, first, last);
+    });
 }
 
 struct Release {
@@ -309,6 +330,10 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
         "Tensor(a!) errors, Tensor(b!) codes, int level) -> ()");
     const std::string weight = "Tensor qweight, Tensor scale, Tensor? group_code, Tensor? bias, int group, bool promoted";
     library.def("quantize_activation(Tensor x, Tensor? amax, int level) -> (Tensor, Tensor)");
+    library.def("gelu_quantize(Tensor x, Tensor? amax, int level) -> (Tensor, Tensor)");
+    library.def(
+        "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? amax, int tokens, "
+        "float eps, int level) -> (Tensor, Tensor)");
     library.def(("linear_a8(Tensor qx, Tensor sx, " + weight + ", int out_type, int level) -> Tensor").c_str());
     library.def(("quantized_linear(Tensor x, Tensor? amax, " + weight + ", int level) -> Tensor").c_str());
     library.def(("few_rows(Tensor x, " + weight + ", float largest, int level) -> (Tensor, bool)").c_str());
@@ -320,6 +345,8 @@ STABLE_TORCH_LIBRARY_IMPL(ditq_cpu, CPU, library) {
     library.impl("quantize_weight", TORCH_BOX(&quantize_weight));
     library.impl("compensate", TORCH_BOX(&compensate));
     library.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+    library.impl("gelu_quantize", TORCH_BOX(&gelu_quantize));
+    library.impl("norm_quantize", TORCH_BOX(&norm_quantize));
     library.impl("linear_a8", TORCH_BOX(&linear_a8));
     library.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     library.impl("few_rows", TORCH_BOX(&few_rows));

@@ -17,6 +17,8 @@ namespace ditq {
     namespace LEVEL {                                                                   \
     std::int32_t load_row(FloatType, const void*, std::int64_t, float*);                \
     void round_activations(const ActivationRounding&, std::int64_t, std::int64_t);      \
+    void quantize_normed(const NormQuantize&, std::int64_t, std::int64_t);              \
+    void quantize_gelu(const ActivationRounding&, std::int64_t, std::int64_t);          \
     extern const Int8ProductLevel int8_product;                                         \
     void multiply_few_rows(const FewRowsProduct&, std::int64_t, std::int64_t);          \
     }
@@ -73,7 +75,8 @@ const std::vector<WeightLevel>& weight_levels() {
 }
 
 #define DITQ_PRODUCT_LEVEL(LEVEL, RUNS) \
-    {LEVEL::load_row, LEVEL::round_activations, &LEVEL::int8_product, LEVEL::multiply_few_rows, RUNS}
+    {LEVEL::load_row,       LEVEL::round_activations, LEVEL::quantize_normed,   \
+     LEVEL::quantize_gelu,  &LEVEL::int8_product,     LEVEL::multiply_few_rows, RUNS}
 
 const std::vector<ProductLevel>& product_levels() {
     static const std::vector<ProductLevel> all = [] {

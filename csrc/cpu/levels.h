@@ -7,6 +7,7 @@
 #include "compensate.h"
 #include "few_rows_product.h"
 #include "int8_product.h"
+#include "passes.h"
 #include "quantize_activation.h"
 #include "quantize_weight.h"
 
@@ -21,6 +22,8 @@ struct WeightLevel {
 struct ProductLevel {
     LoadRow load_row;
     RoundActivations round_activations;
+    QuantizeNormed quantize_normed;
+    QuantizeGelu quantize_gelu;
     const Int8ProductLevel* int8_product;
     MultiplyFewRows multiply_few_rows;
     bool runs_here;

@@ -9,6 +9,8 @@
 #include <limits>
 #include <vector>
 
+#include "activation_row.h"
+
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
@@ -73,9 +75,9 @@ std::int32_t load(const Stored* from, std::int64_t inputs, float* to) {
     return found;
 }
 
-void round(const std::vector<float>& values, float factor, std::int64_t inputs, std::int8_t* codes) {
+void round(const float* values, float factor, std::int64_t inputs, std::int8_t* codes) {
     const auto put = [&](std::int64_t k, std::int8_t* to) {
-        const Lanes y = *reinterpret_cast<const Lanes*>(values.data() + k) * factor;
+        const Lanes y = *reinterpret_cast<const Lanes*>(values + k) * factor;
         store_lowest_bytes(limited(y) + TO_INTEGER, to);
     };
     std::int64_t k = 0;
@@ -98,24 +100,28 @@ std::int32_t load_row(FloatType type, const void* from, std::int64_t inputs, flo
     }
 }
 
+void round_row(
+    const float* values, std::int32_t most, const float* amax, std::int64_t inputs, std::int8_t* codes, float* scale) {
+    if (most >= INFINITE) {
+        std::memset(codes, 0, inputs);
+        *scale = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    float reach;
+    std::memcpy(&reach, &most, sizeof reach);
+    if (amax != nullptr) reach = *amax;
+    reach = std::max(reach, SMALLEST_AMAX);
+    round(values, LARGEST / reach, inputs, codes);
+    *scale = reach / LARGEST;
+}
+
 void round_activations(const ActivationRounding& given, std::int64_t first, std::int64_t last) {
     std::vector<float> values(given.inputs + MOST_LANES);
     const auto* x = static_cast<const std::uint8_t*>(given.x);
     const std::int64_t row_bytes = given.row_stride * (given.type == FloatType::float32 ? 4 : 2);
     for (std::int64_t m = first; m < last; ++m) {
-        std::int8_t* codes = given.codes + m * given.inputs;
-        const std::int32_t bits = load_row(given.type, x + m * row_bytes, given.inputs, values.data());
-        if (bits >= INFINITE) {
-            std::memset(codes, 0, given.inputs);
-            given.scale[m] = std::numeric_limits<float>::quiet_NaN();
-            continue;
-        }
-        float reach;
-        std::memcpy(&reach, &bits, sizeof reach);
-        if (given.amax != nullptr) reach = *given.amax;
-        reach = std::max(reach, SMALLEST_AMAX);
-        round(values, LARGEST / reach, given.inputs, codes);
-        given.scale[m] = reach / LARGEST;
+        const std::int32_t most = load_row(given.type, x + m * row_bytes, given.inputs, values.data());
+        round_row(values.data(), most, given.amax, given.inputs, given.codes + m * given.inputs, given.scale + m);
     }
 }
 

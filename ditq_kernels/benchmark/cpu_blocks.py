@@ -63,10 +63,10 @@ class Contender:
     convert: Callable[[nn.Module], nn.Module]
 
 
-def _ours(model: nn.Module, scheme: str) -> nn.Module:
-    from ..model.conversion import quantize
+def _ours(model: nn.Module, scheme: str, fused: bool = True) -> nn.Module:
+    from ..model.pipelines import quantize
 
-    return quantize(model, scheme, progress=False)
+    return quantize(model, scheme, fused=fused, progress=False)
 
 
 def _torchao(model: nn.Module) -> nn.Module:
@@ -89,6 +89,7 @@ def _unchanged(model: nn.Module) -> nn.Module:
 CONTENDERS = (
     *(Contender(name, "torch", _unchanged) for name in BASELINES),
     *(Contender(f"ditq_kernels {scheme}", None, partial(_ours, scheme=scheme)) for scheme in ("w8a8", "w4a8_g128")),
+    Contender("ditq_kernels w8a8, unfused", None, partial(_ours, scheme="w8a8", fused=False)),
     Contender("torchao int8", "torchao", _torchao),
     Contender("sdnq int8", "sdnq", _sdnq),
 )

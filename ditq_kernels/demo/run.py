@@ -22,7 +22,8 @@ from ..integrations.source import Source, load_source
 from ..layer.backend import selected_backend
 from ..layer.formats import RECOMMENDED
 from ..model.calibration import DEFAULT_PICTURES, Calibration, calibrate
-from ..model.conversion import quantize, quantized_layers
+from ..model.conversion import quantized_layers
+from ..model.pipelines import quantize
 from . import MODEL_DIRECTORY
 from .classifier import accuracy, load_classifier
 
@@ -130,7 +131,7 @@ def run_variant(
         model, dtype=variant.dtype
     )  # diffusers' own `to` warns of modules to keep in fp32, of which DiT has none
     if variant.scheme is not None:
-        quantize(model, variant.scheme, calibration, rounding=variant.rounding)
+        quantize(model, variant.scheme, calibration, rounding=variant.rounding, fused=True)
     started = time.perf_counter()
     samples = sample(
         model,

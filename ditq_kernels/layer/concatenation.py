@@ -104,6 +104,7 @@ class SharedInput:
             self._join(layers)
         return self._joined
 
+    @torch.inference_mode(False)  # which parameters outlive
     @torch.no_grad()
     def _join(self, layers: list[QuantLinear]) -> None:
         self._joined, self._where = None, _where(layers)

@@ -32,7 +32,9 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 def gelu_quantize(
     x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`.reference.gelu_quantize`, bit for bit."""
+    """As :func:`.reference.gelu_quantize`, with tanh up to the rounding of exponentials."""
+    if approximate == "tanh" and x.numel():
+        return cpu_extension.gelu_quantize(x, amax)
     return quantize_activation(F.gelu(x.to(torch.float32), approximate=approximate), amax)
 
 
@@ -45,9 +47,9 @@ def norm_modulate_quantize(
     amax: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`.reference.norm_modulate_quantize`, bit for bit."""
-    normed = reference.norm_modulate(x.to(torch.float32), weight, bias, shift, scale, eps)
-    return quantize_activation(normed.flatten(0, 1), amax)
+    """As :func:`.reference.norm_modulate_quantize`, up to the order of sums."""
+    implementation = cpu_extension if x.numel() else reference
+    return implementation.norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps)
 
 
 def linear_a8(

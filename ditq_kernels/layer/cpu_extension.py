@@ -21,6 +21,7 @@ LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves
 BUILD_IT = "with g++ on PATH, install torch and setuptools, then DITQ_BUILD_CPU=1 pip install --no-build-isolation -e ."
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LANES = 16  # values that csrc computes with at once
 FEW_ROWS = 16  # whose product is bound by reading weights
 LARGEST_OF_FEW_ROWS = 1e30  # activations whose sums with integers, before they are scaled, fp32 holds
 OUTPUT_DTYPES = (*ACTIVATION_DTYPES, torch.int32)
@@ -38,7 +39,7 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
-    if not hasattr(torch.ops.ditq_cpu, "quantized_linear"):
+    if not hasattr(torch.ops.ditq_cpu, "norm_quantize"):
         return f"the CPU extension was built from older sources; {BUILD_IT}"
     return None
 
@@ -148,6 +149,32 @@ def quantize_activation(
     return torch.ops.ditq_cpu.quantize_activation(_rows(x), amax, _product_number(level))
 
 
+def gelu_quantize(
+    x: torch.Tensor, amax: torch.Tensor | None, level: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`.reference.gelu_quantize` with tanh, of ``x`` [M, K] that is not empty, up to the rounding of
+    exponentials.
+    """
+    return torch.ops.ditq_cpu.gelu_quantize(_rows(x), amax, _product_number(level))
+
+
+def norm_modulate_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    eps: float,
+    level: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`.reference.norm_modulate_quantize` of ``x`` [B, T, K] that is not empty, up to the order of sums."""
+    gain = None if scale is None else _padded(scale) + 1
+    parts = *map(_padded, (weight, bias)), gain, _padded(shift)
+    rows = _rows(x.flatten(0, 1))
+    return torch.ops.ditq_cpu.norm_quantize(rows, *parts, amax, x.shape[1], eps, _product_number(level))
+
+
 def linear_a8(
     qx: torch.Tensor,
     sx: torch.Tensor,
@@ -189,6 +216,13 @@ def linear_a16(
         entering, *_parts(weight, bias), LARGEST_OF_FEW_ROWS, _product_number(level)
     )
     return out.to(x.dtype) if is_computed else None
+
+
+def _padded(part: torch.Tensor | None) -> torch.Tensor | None:
+    """``part`` in fp32, and what may be read behind its last value."""
+    if part is None:
+        return None
+    return F.pad(part.to(torch.float32).flatten(), (0, MOST_LANES))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
