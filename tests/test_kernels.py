@@ -116,6 +116,15 @@ def test_gradients_of_the_input(fmt, shape, dtype, device):
         assert_product(module.grad_input(grad, weight), grad, w.T, arithmetic=does)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_products_of_every_second_column(rows, device):
+    weight, bias = stored(WEIGHT_FORMATS["w4_g32"], 48, 160, device)
+    x = activations(rows, 320, torch.bfloat16, device)[:, ::2]
+    assert x.stride(1) == 2
+    found, expected = (kernels.linear_a16(given, weight, bias) for given in (x, x.contiguous()))
+    assert torch.equal(found, expected)
+
+
 @formats
 def test_identity_activations_decode_the_weight(fmt, device):
     """With one-hot rows the product is the weight itself: every code, group and half-block lands where it belongs."""
