@@ -20,9 +20,13 @@ typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4),
 // Adding it and taking it away again rounds to the nearest integer, ties to even, below 2^22 in magnitude.
 constexpr float TO_INTEGER = 12582912.0f;
 // Sums of at most a few thousand squares differ by less than this share between any two orders that are in use.
-constexpr double CLOSE = 1e-5;
+constexpr double CLOSEST = 1e-5;
 // From here on a sum in fp32 may be infinite.
-constexpr double OVERFLOWS = std::numeric_limits<float>::max() * (1 - CLOSE);
+constexpr double OVERFLOWS = std::numeric_limits<float>::max() * (1 - CLOSEST);
+
+// Of sums of `count` squares: PyTorch adds in eight lanes or more, and lanes at last, so that no square is rounded more
+// often than this; nor is one here. Each sum may be as far off.
+double close(std::int64_t count) { return std::min(CLOSEST, 2 * (count / 8 + 16) * 0x1p-24); }
 
 Lanes all(float value) { return Lanes{} + value; }
 Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
@@ -169,7 +173,7 @@ private:
 
     bool prefers(double error, double before) {
         const double larger_one = std::max(error, before);
-        close_ |= std::fabs(error - before) <= CLOSE * larger_one && larger_one > 0;
+        close_ |= std::fabs(error - before) <= close(given_.group) * larger_one && larger_one > 0;
         close_ |= !(larger_one < OVERFLOWS);
         return error < before;
     }
