@@ -27,6 +27,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer/ops",),
         ("layer/linear",),
         ("layer/concatenation",),
+        ("layer/shared_input",),
         ("model",),
         ("checkpoint",),
         ("__init__", "arguments"),

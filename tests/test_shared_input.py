@@ -9,9 +9,9 @@ from torch import nn
 
 from ditq_kernels import QuantLinear
 from ditq_kernels.layer import ops
-from ditq_kernels.layer.concatenation import SharedInput
 from ditq_kernels.layer.formats import RECOMMENDED
 from ditq_kernels.layer.quantized_input import QuantizedInput
+from ditq_kernels.layer.shared_input import SharedInput
 
 NAMES = ("to_q", "to_k", "to_v")
 SCHEMES = (*RECOMMENDED, "w8a8_g32")

@@ -3,13 +3,15 @@ that do the right one.
 
 ``fuse_qkv_projections`` would join decoded weights to 16-bit layers: packed ones are joined instead. A ControlNet's
 ``from_transformer`` loads what has the same name, and would leave at random what is stored under others: it is decoded.
-FLUX's ``load_lora_weights`` looks for weights in the model's state dict, and does not find stored ones.
+FLUX's ``load_lora_weights`` looks for weights in the model's state dict, and does not find stored ones. Group
+offloading moves parameters from under fused projections, and caches look blocks up by their class.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
@@ -25,7 +27,9 @@ from torch import nn
 from ..layer.concatenation import concatenated, obstacle_to_concatenation
 from ..layer.linear import QuantLinear
 from ..model.conversion import quantized_layers
+from ..model.fusion import part_projections
 from ..model.smoothing import is_smoothed
+from ..model.substituted_class import class_before
 from . import peft
 from .quantizer import set_config
 from .saving import saving
@@ -115,10 +119,37 @@ def _warning_where_smoothed(original: Callable) -> Callable:
     return load_lora_adapter
 
 
+def _parting(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def apply_group_offloading(module: nn.Module, *args, **kwargs):
+        part_projections(module)  # joined memory would stay on the device when its layers leave it
+        return original(module, *args, **kwargs)
+
+    return apply_group_offloading
+
+
+def _of_class_before(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get(cls: type, model_class: type):
+        return original(cls, class_before(model_class))
+
+    return get
+
+
+def _apply_to_hooks() -> None:
+    for module in ("diffusers.hooks.group_offloading", "diffusers.hooks"):
+        hooks = importlib.import_module(module)
+        hooks.apply_group_offloading = _parting(inspect.unwrap(hooks.apply_group_offloading))
+    if importlib.util.find_spec("diffusers.hooks._helpers"):  # an older diffusers has no caches
+        registry = importlib.import_module("diffusers.hooks._helpers").TransformerBlockRegistry
+        registry.get = classmethod(_of_class_before(registry.get.__func__))
+
+
 @functools.cache
 def apply() -> None:
     """Replace them; a second call does nothing."""
     peft.teach()
+    _apply_to_hooks()
     for cls in (Attention, AttentionModuleMixin):
         cls.fuse_projections = _joining(cls.fuse_projections)
     PeftAdapterMixin.load_lora_adapter = _warning_where_smoothed(PeftAdapterMixin.load_lora_adapter)

@@ -37,7 +37,7 @@ REPLACED_KEPT = 8  # adapters merged one after another that unmerge to the bits 
 
 
 class SharedInput(Protocol):
-    """What joins a layer with others, a :class:`ditq_kernels.layer.concatenation.SharedInput`."""
+    """What joins a layer with others, a :class:`ditq_kernels.layer.shared_input.SharedInput`."""
 
     def join(self) -> bool: ...
 
@@ -52,6 +52,14 @@ def _packed(quantized: QuantizedWeight, fmt: WeightFormat) -> tuple[torch.Tensor
     """qweight, scale and group_code."""
     groups = pack_groups(quantized.multiplier, quantized.zero_point) if fmt.two_level else None
     return LAYOUTS[fmt.layout].pack(quantized.codes), quantized.scale, groups
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    """``part``, or what it is a copy of in memory that holds nothing else."""
+    if part.untyped_storage().nbytes() == part.numel() * part.element_size():
+        return part
+    copied = part.detach().clone(memory_format=torch.contiguous_format)
+    return type(part)(copied, part.requires_grad) if isinstance(part, nn.Parameter) else copied
 
 
 class StoredPart(nn.Parameter):
@@ -84,6 +92,7 @@ class QuantLinear(nn.Linear):
     """
 
     _EXACT = ("qweight", "scale", "group_code", "input_amax")  # never cast
+    shared_input: SharedInput | None = None  # with layers that this one is joined with
 
     def __init__(self, *args, **kwargs) -> None:
         raise TypeError("a QuantLinear is made from a linear layer: QuantLinear.from_linear(layer, scheme)")
@@ -119,7 +128,6 @@ class QuantLinear(nn.Linear):
         self.input_amax = StoredPart(torch.empty(1, dtype=torch.float32, device=device)) if self.scheme.static else None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self._replaced: list[ReplacedWeight] = []  # what requantize may have to bring back, the last one last
-        self.shared_input: SharedInput | None = None  # of layers that this one is joined with
         return self
 
     @classmethod
@@ -259,7 +267,7 @@ class QuantLinear(nn.Linear):
             # Loaders make parameters of their own, and older ones cast codes to floats, which hold them exactly.
             param = StoredPart(param.detach().to(before.dtype) if whole else param.detach())
         super().register_parameter(name, param)
-        if vars(self).get("shared_input") is not None:
+        if self.shared_input is not None:
             self.shared_input.forget()
 
     @torch.no_grad()
@@ -315,6 +323,19 @@ class QuantLinear(nn.Linear):
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales included."""
         return 8 * self.nbytes / (self.in_features * self.out_features)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shared_input is not None and not keep_vars:
+            for name in self._parameters:  # views are stored with all that they are of, or taken for the same
+                if prefix + name in destination:
+                    destination[prefix + name] = _alone(destination[prefix + name])
+
+    def __getstate__(self) -> dict:
+        if self.shared_input is None:
+            return self.__dict__
+        parts = {name: part if part is None else _alone(part) for name, part in self._parameters.items()}
+        return {**self.__dict__, "_parameters": parts, "shared_input": None}
 
     def extra_repr(self) -> str:
         return (

@@ -25,13 +25,22 @@ def host_of(model: Any) -> str | None:
     return HOSTS[known[0]] if known else None
 
 
+def _offloading(module: nn.Module) -> Any:
+    """The hook by which diffusers' group offloading moves ``module``, or None."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry.get_hook("group_offloading") if registry is not None else None
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading moves ``module``: it puts other memory behind parameters."""
+    return _offloading(module) is not None
+
+
 def is_on_disk(module: nn.Module) -> bool:
     """Whether diffusers' group offloading keeps the weights of ``module`` in files: what it leaves in their place looks
     like weights.
     """
-    registry = getattr(module, "_diffusers_hook", None)
-    hook = registry.get_hook("group_offloading") if registry is not None else None
-    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
+    return getattr(getattr(_offloading(module), "group", None), "offload_to_disk_path", None) is not None
 
 
 def tell(model: nn.Module) -> None:

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layer.concatenation import SharedInput
 from ..layer.linear import QuantLinear
 from ..layer.quantized_input import QuantizedInput
+from ..layer.shared_input import SharedInput, has_hooks
 from .substituted_class import Forward, restore, substitute
 
 # Layers that attention feeds the same input.
 SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 CROSS_ATTENTION = (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
+# diffusers' processors that do nothing with an attention's inputs but hand them to these layers.
+HANDING_ON = (
+    *("AttnProcessor", "AttnProcessor2_0", "FluxAttnProcessor", "JointAttnProcessor2_0"),
+    *("QwenDoubleStreamAttnProcessor2_0", "WanAttnProcessor"),
+)
 _SHARED = "_ditq_shared"  # where an attention keeps its layers that share an input
 
 
@@ -37,6 +42,11 @@ def share(attention: nn.Module) -> None:
         substitute(attention, _sharing)
 
 
+def shares(module: nn.Module) -> bool:
+    """Whether :func:`share` has joined layers of ``module``."""
+    return _SHARED in vars(module)
+
+
 def part(attention: nn.Module) -> None:
     """Undo :func:`share`."""
     for one in vars(attention).pop(_SHARED):
@@ -45,16 +55,41 @@ def part(attention: nn.Module) -> None:
 
 
 def joined_at(attention: nn.Module, name: str) -> QuantLinear | None:
-    """The layer that takes the input of the layer ``name`` of ``attention`` in its place, as things are; or None."""
-    for one in vars(attention).get(_SHARED, ()):
+    """The layer that takes the input of the layer ``name`` of ``attention`` in its place, if the attention's input may
+    be quantized already; or None.
+    """
+    if has_hooks(attention) or not _is_of_diffusers(attention.processor):
+        return None
+    if type(attention.processor).__name__ not in HANDING_ON:
+        return None
+    for one in _shared_by(attention):
         if name in one.names:
             return one.joined()
     return None
 
 
+def _shared_by(attention: nn.Module) -> tuple[SharedInput, ...]:
+    """What layers of ``attention`` share, unless it calls others (diffusers' own joined ones), or is but a copy that
+    shares its state.
+    """
+    if getattr(attention, "fused_projections", False):
+        return ()
+    return tuple(one for one in attention.__dict__.get(_SHARED, ()) if one.parent is attention)
+
+
+def _is_of_diffusers(processor: Any) -> bool:
+    """Whether ``processor`` has no parameters and comes with diffusers: others may look at the layers, or keep things
+    in the attention.
+    """
+    return not isinstance(processor, nn.Module) and type(processor).__module__.startswith("diffusers.")
+
+
 def _sharing(original: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original(_Projections(self, self.__dict__[_SHARED]), *args, **kwargs)
+        shared = _shared_by(self)
+        if not shared or not _is_of_diffusers(self.processor):
+            return original(self, *args, **kwargs)
+        return original(_Projections(self, shared), *args, **kwargs)
 
     return forward
 

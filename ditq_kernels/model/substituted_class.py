@@ -17,14 +17,15 @@ def substitute(module: nn.Module, make_forward: Callable[[Forward], Forward]) ->
     """Let ``module`` run ``make_forward`` of its own forward, in place. ``make_forward`` stands at a file's top level,
     so that copies and pickles of the module find it.
 
-    Its class becomes one derived from it, of the same name: hooks, state, and lists of class names do not notice.
+    Its class becomes one derived from it, of the same name: hooks, state, and lists of class names do not notice. Where
+    somebody has put another forward into the class since, that one is called.
     """
     module.__class__ = _substitute(type(module), make_forward)
 
 
 def restore(module: nn.Module) -> None:
     """Undo :func:`substitute`."""
-    module.__class__ = vars(type(module))[_BEFORE]
+    module.__class__ = class_before(type(module))
 
 
 def is_substituted(module: nn.Module) -> bool:
@@ -32,12 +33,24 @@ def is_substituted(module: nn.Module) -> bool:
     return _BEFORE in vars(type(module))
 
 
+def class_before(cls: type) -> type:
+    """What :func:`substitute` has put ``cls`` in the place of; of any other, itself."""
+    return vars(cls).get(_BEFORE, cls)
+
+
 @functools.cache
 def _substitute(cls: type[nn.Module], make_forward: Callable[[Forward], Forward]) -> type[nn.Module]:
+    original = cls.forward
+    changed = make_forward(original)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        patched = cls.forward
+        return (changed if patched is original else patched)(self, *args, **kwargs)
+
     def reduce_ex(self: nn.Module, protocol: int) -> tuple:
         return _copy, (cls, make_forward), self.__dict__
 
-    forward = functools.wraps(cls.forward)(make_forward(cls.forward))
     return type(cls.__name__, (cls,), {"forward": forward, "__reduce_ex__": reduce_ex, _BEFORE: cls})
 
 

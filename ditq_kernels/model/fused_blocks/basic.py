@@ -38,6 +38,8 @@ def _forward(
         parts = modulation(block.norm1, block.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype), 6)
         first, second = block.norm1.norm, block.norm3
     else:
+        if timestep.dtype != x.dtype:
+            return None
         parts = (block.scale_shift_table + timestep.reshape(len(x), 6, -1)).unbind(1)
         first, second = block.norm1, block.norm2
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...layer.shared_input import has_hooks
+
 
 @dataclass(frozen=True)
 class FusedBlock:
@@ -32,7 +34,7 @@ class FusedBlock:
             torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
             or block.training
-            or any(_has_hooks(module) for module in self.modules_skipped(block))
+            or any(has_hooks(module) for module in self.modules_skipped(block))
         )
 
     def modules_skipped(self, block: nn.Module) -> Sequence[nn.Module]:
@@ -47,7 +49,3 @@ def _submodule(block: nn.Module, name: str) -> nn.Module | None:
         if block is None:
             return None
     return block
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -38,7 +38,7 @@ def _double(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs:
+    if joint_attention_kwargs or temb.dtype != hidden_states.dtype:
         return None
     x, text = hidden_states, encoder_hidden_states
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(block.norm1, temb, 6)
@@ -84,7 +84,7 @@ def _single(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs:
+    if joint_attention_kwargs or temb.dtype != hidden_states.dtype:
         return None
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = modulation(block.norm, temb, 3)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layer import ops
-from ...layer.concatenation import is_bare
 from ...layer.linear import QuantLinear
 from ...layer.quantized_input import QuantizedInput
+from ...layer.shared_input import has_hooks, is_bare
 
 WIDEST_NORM = 16384  # channels that the kernels normalise at once
 
@@ -33,6 +33,7 @@ def normed(
 ) -> torch.Tensor | QuantizedInput:
     """``norm(x) * (1 + scale) + shift`` as ``layer``, the first of those behind, takes it; None: as a tensor."""
     parts = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    shift, scale = (part if part is None else part.expand(len(x), -1) for part in (shift, scale))
     if takes_codes(layer):
         codes = ops.norm_modulate_quantize(x, shift, scale, layer.input_amax, **parts)
         return QuantizedInput(*codes, x.shape, x.dtype)
@@ -70,7 +71,7 @@ def has_feed_forward(block: nn.Module | None) -> bool:
 def modulation(norm: nn.Module, emb: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
     """What an adaptive norm makes of ``emb`` [B, K]: ``parts`` of [B, K]."""
     layer = norm.linear
-    loads_silu = is_bare(layer) and layer.scheme.activation.bits != 8
+    loads_silu = is_bare(layer) and layer.scheme.activation.bits != 8 and not has_hooks(norm.silu)
     return (layer.of_silu(emb) if loads_silu else layer(norm.silu(emb))).chunk(parts, dim=1)
 
 

@@ -30,7 +30,7 @@ def _forward(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs or modulate_index is not None:
+    if joint_attention_kwargs or modulate_index is not None or temb.dtype != hidden_states.dtype:
         return None
     x, text = hidden_states, encoder_hidden_states
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.img_mod(temb).chunk(6, dim=-1)

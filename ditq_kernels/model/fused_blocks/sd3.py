@@ -28,7 +28,7 @@ def _forward(
     temb: torch.Tensor,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-    if joint_attention_kwargs or block._chunk_size is not None:
+    if joint_attention_kwargs or block._chunk_size is not None or temb.dtype != hidden_states.dtype:
         return None
     x, text = hidden_states, encoder_hidden_states
     parts = modulation(block.norm1, temb, 9 if block.use_dual_attention else 6)

@@ -22,11 +22,14 @@ def _is_known(module: nn.Module) -> bool:
 def _frequencies(module: nn.Module, device: torch.device) -> torch.Tensor:
     """fp32 [channels / 2], computed as diffusers does."""
     known = vars(module).setdefault(_FREQUENCIES, {})
-    if device not in known:
-        half = module.num_channels // 2
-        exponents = -math.log(_LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=device)
-        known[device] = torch.exp(exponents / (half - module.downscale_freq_shift))
-    return known[device]
+    if device in known:
+        return known[device]
+    half = module.num_channels // 2
+    exponents = -math.log(_LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=device)
+    found = torch.exp(exponents / (half - module.downscale_freq_shift))
+    if type(found) is torch.Tensor:  # and not one of a mode that only looks at shapes
+        known[device] = found
+    return found
 
 
 def _forward(module: nn.Module, timesteps: torch.Tensor) -> torch.Tensor | None:
