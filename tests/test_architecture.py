@@ -142,7 +142,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("options",),
     ),
     "demo": (
-        ("__init__", "fashion_mnist", "classifier"),
+        ("__init__", "bf16", "fashion_mnist", "classifier"),
         ("train_classifier", "train_dit", "run", "recognition", "experiments"),
         ("report", "train_lora"),
         ("command",),

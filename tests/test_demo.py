@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from oracle import assert_product
 from PIL import Image
 from small_sources import digests, small_dit
+from torch import nn
 
 import ditq_kernels as ditq
 from ditq_kernels import cli
@@ -52,6 +54,31 @@ def test_every_recommended_scheme_has_a_row_and_4_bits_a_compensated_one_too(out
     assert len({result.name for result in results}) == len(results) == 2 + len(RECOMMENDED) + len(FOUR_BITS)
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bf16_where_it_is_emulated(emulated, model_directory, monkeypatch):
+    steps = []
+    original = run.sample
+
+    def counted(*args, **kwargs):
+        steps.append(kwargs["steps"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(run, "sample", counted)
+    monkeypatch.setattr(run.bf16, "is_emulated", lambda device: emulated)
+    source = run.load_source(model_directory)
+    settings = run.Settings(classes=2, seeds=1, steps=5)
+    model, _, seconds = run.run_variant(run.rows()[1], source, None, settings)
+    assert steps == ([run.EMULATED_STEPS, 5] if emulated else [5]) and seconds > 0
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert run.stored_bytes(model) == run.stored_bytes(source.transformer) / 2
+    layer = nn.Linear(300, 40).to(torch.bfloat16)
+    x = torch.randn(9, 300, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = run.bf16.rounding(nn.Sequential(layer))(x)
+        assert found.dtype == torch.bfloat16
+        assert_product(found, x, layer.weight, layer.bias)
+
+
 def test_the_first_row_is_the_model_itself(outcome, model_directory):
     source = run.load_source(model_directory)
     labels, seeds = [0, 1, 0, 1], [0, 1, 2, 3]
@@ -65,7 +92,9 @@ def test_a_quantized_row_is_what_quantize_gives(outcome, model_directory):
     results, calibration = outcome
     row = next(result for result in results if result.name == "w4a8_g128_static compensated")
     source = run.load_source(model_directory)
-    model = ditq.quantize(source.transformer, row.scheme, calibration, rounding="compensated", progress=False)
+    model = ditq.quantize(
+        source.transformer, row.scheme, calibration, rounding="compensated", fused=True, progress=False
+    )
     samples = sample(model, source.scheduler, [0, 1, 0, 1], [0, 1, 2, 3], steps=2, guidance=2.0, progress=False)
     assert torch.equal(row.pictures, run.to_unit_range(samples))
     layers = quantized_layers(model).values()

@@ -187,7 +187,8 @@ def _page(
         "Bits per weight and weights MB count the quantized layers with their scales; model MB counts everything, "
         "unquantized layers in fp32 here.",
         "Times are this machine's, for the whole batch, and say nothing about a GPU; speed to bf16 is the time of the "
-        "original in bf16 over the row's, above 1 where the row is faster.",
+        "original in bf16 over the row's, above 1 where the row is faster. "
+        "Where PyTorch emulates bf16, a few of its steps are timed.",
         "",
         ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None),
         "",
