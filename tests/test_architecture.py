@@ -61,7 +61,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "model/fused_blocks": (
         ("block",),
-        ("passes", "timesteps"),
+        ("passes", "rms_norm", "timesteps"),
         ("basic", "flux", "qwen_image", "sd3", "wan"),
         ("__init__",),
     ),

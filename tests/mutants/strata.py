@@ -27,8 +27,8 @@ STRATA = (
     ),
     Stratum(
         "packing",
-        _below("layer", "packing packed_weight concatenation weight_view"),
-        ("packing", "formats", "quantizer", "linear", "weight_view", "diffusers_patches"),
+        _below("layer", "packing packed_weight concatenation shared_input weight_view"),
+        ("packing", "formats", "quantizer", "shared_input", "linear", "weight_view", "diffusers_patches"),
     ),
     Stratum(
         "reference",
@@ -37,7 +37,7 @@ STRATA = (
     ),
     Stratum(
         "ops",
-        _below("layer", "ops backend cpu_extension cpu"),
+        _below("layer", "ops contracts backend cpu_extension cpu"),
         ("linear", "cpu_extension", "seen_ops", "ops", "cpu_products"),
     ),
     Stratum(

@@ -12,12 +12,13 @@ from .basic import BASIC
 from .block import FusedBlock
 from .flux import FLUX_DOUBLE, FLUX_SINGLE
 from .qwen_image import QWEN_IMAGE
+from .rms_norm import RMS_NORM
 from .sd3 import SD3
 from .timesteps import TIMESTEPS
 from .wan import WAN
 
 FUSED_BLOCKS: dict[str, FusedBlock] = {
-    block.name: block for block in (BASIC, SD3, FLUX_DOUBLE, FLUX_SINGLE, WAN, QWEN_IMAGE, TIMESTEPS)
+    block.name: block for block in (BASIC, SD3, FLUX_DOUBLE, FLUX_SINGLE, WAN, QWEN_IMAGE, TIMESTEPS, RMS_NORM)
 }
 
 _FUSED = "_ditq_fused"  # that a block is, in its state
