@@ -31,7 +31,7 @@ test: $(READY) lint
 # What a user meets first, in the oldest versions that pyproject.toml allows (PyTorch's own build, with CUDA: gigabytes).
 OLDEST := $(VENV)-oldest
 SMOKE := $(addprefix tests/test_,quantizer.py packing.py linear.py adapters.py checkpoint.py calibration.py conversion.py \
-	pipelines.py diffusers_quantizer.py transformers_quantizer.py diffusers_patches.py)
+	pipelines.py diffusers_quantizer.py transformers_quantizer.py diffusers_patches.py shared_input.py fusion_in_company.py)
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -q $(SMOKE)
 

@@ -128,7 +128,9 @@ def is_bare(layer: nn.Module | None) -> bool:
 
 def _is_traced() -> bool:
     """Whether calls are written down for another process: a program that is exported has the layers' parameters."""
-    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch._C._get_tracing_state() is not None
+    if torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag  # is_exporting() is true of all that PyTorch 2.10 compiles
+    return torch._C._get_tracing_state() is not None
 
 
 def _is_placed(layer: QuantLinear) -> bool:
