@@ -18,6 +18,8 @@ from ditq_kernels.model.substituted_class import is_substituted
 
 SCHEMES = ("w8a8", "w8a8_static", "w4a8_g32", "w4a8_g32_static", "w4a16_g32")
 NEAR_DB = 60.0  # of an output, to the error that fusing makes
+# Fused, it rounds less often. The output is small, and its errors are few: by luck their squares may be twice as large.
+LUCK_DB = 3.0
 # Small transformers, and how many of their blocks run fused.
 KNOWN = {
     "DiT": {"BasicTransformerBlock": 2},
@@ -206,7 +208,7 @@ def test_in_16_bits_it_is_no_further_from_fp32(name, dtype):
     unfused = output(model, inputs)
     fused = output(ditq.fuse(model), inputs)
     assert fused.dtype == unfused.dtype == dtype
-    assert db(fused.float(), exact) > db(unfused.float(), exact) - 3  # it rounds less often; the errors are few
+    assert db(fused.float(), exact) > db(unfused.float(), exact) - LUCK_DB
 
 
 def cast(value, dtype):

@@ -149,14 +149,17 @@ def test_processors_that_split_their_input():
     assert near(output(model, inputs), output(plain, inputs))
 
 
-def test_hooks_on_an_attention_see_tensors():
-    model, inputs, expected = fused("FLUX")
+@pytest.mark.parametrize("name", ["DiT", "PixArt", "SD3", "FLUX", "Wan", "Qwen-Image"])
+def test_hooks_on_an_attention_see_tensors(name):
+    model, inputs, expected = fused(name)
     seen = []
-    for block in model.transformer_blocks:
-        block.attn.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["hidden_states"].mean()), with_kwargs=True
-        )
-    assert near(output(model, inputs), expected) and len(seen) == 2
+
+    def look(module, args, kwargs):
+        seen.append((*args, *kwargs.values())[0].mean())
+
+    for attention in attentions(model):
+        attention.register_forward_pre_hook(look, with_kwargs=True)
+    assert near(output(model, inputs), expected) and len(seen) == len(attentions(model))
 
 
 def test_hooks_everywhere_are_called_as_often():

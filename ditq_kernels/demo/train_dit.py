@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..files import written_whole
 from ..integrations.source import LABEL_FILE
-from . import fashion_mnist
+from . import bf16, fashion_mnist
 
 MODEL = dict(
     num_attention_heads=4,
@@ -124,7 +124,7 @@ def train(out: Path, data: Path, steps: int, batch: int, peak_rate: float, seed:
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         first, seconds, running = state["step"], state["seconds"], state["loss"]
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # where it is emulated, it takes ten times as long as fp32
+    has_bf16 = not bf16.is_emulated("cpu")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step", mininterval=5)
     started = time.perf_counter()
     for step in bar:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
 
 import torch
+from diffusers import hooks
+from diffusers.hooks import group_offloading
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin
@@ -137,12 +139,9 @@ def _of_class_before(original: Callable) -> Callable:
 
 
 def _apply_to_hooks() -> None:
-    for module in ("diffusers.hooks.group_offloading", "diffusers.hooks"):
-        hooks = importlib.import_module(module)
-        hooks.apply_group_offloading = _parting(inspect.unwrap(hooks.apply_group_offloading))
-    if importlib.util.find_spec("diffusers.hooks._helpers"):  # an older diffusers has no caches
-        registry = importlib.import_module("diffusers.hooks._helpers").TransformerBlockRegistry
-        registry.get = classmethod(_of_class_before(registry.get.__func__))
+    parting = _parting(hooks.apply_group_offloading)
+    hooks.apply_group_offloading = group_offloading.apply_group_offloading = parting
+    TransformerBlockRegistry.get = classmethod(_of_class_before(TransformerBlockRegistry.get.__func__))
 
 
 @functools.cache

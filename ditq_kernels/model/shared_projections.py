@@ -54,13 +54,17 @@ def part(attention: nn.Module) -> None:
     restore(attention)
 
 
+def hands_on(attention: nn.Module) -> bool:
+    """Whether an input of ``attention`` is seen by its layers alone, so that it may be quantized already."""
+    processor = attention.processor
+    return _is_of_diffusers(processor) and type(processor).__name__ in HANDING_ON and not has_hooks(attention)
+
+
 def joined_at(attention: nn.Module, name: str) -> QuantLinear | None:
-    """The layer that takes the input of the layer ``name`` of ``attention`` in its place, if the attention's input may
-    be quantized already; or None.
+    """The layer that takes the input of the layer ``name`` of ``attention`` in its place, if that may be quantized
+    already; or None.
     """
-    if has_hooks(attention) or not _is_of_diffusers(attention.processor):
-        return None
-    if type(attention.processor).__name__ not in HANDING_ON:
+    if not hands_on(attention):
         return None
     for one in _shared_by(attention):
         if name in one.names:

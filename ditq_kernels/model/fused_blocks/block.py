@@ -1,4 +1,4 @@
-"""A transformer block of diffusers in fewer passes."""
+"""A transformer block of diffusers, or a module that blocks call, in fewer passes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..shared_projections import joined_at
+from ..shared_projections import hands_on, joined_at
 from .block import FusedBlock
 from .passes import FEED_FORWARD, added, feed_forward, has_feed_forward, has_norm, normed
 
@@ -27,7 +27,8 @@ def _forward(
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (block.scale_shift_table + temb.float()).unbind(1)
     entering = normed(block.norm1, x, joined_at(block.attn1, "to_q"), shift, scale)
     x = added(x, gate, block.attn1(entering, None, None, rotary_emb))
-    entering = normed(block.norm2, x, block.attn2.to_q) if has_norm(block.norm2) else x
+    query = block.attn2.to_q if hands_on(block.attn2) else None
+    entering = normed(block.norm2, x, query) if has_norm(block.norm2) else x
     x = x + block.attn2(entering, encoder_hidden_states, None, None)
     entering = normed(block.norm3, x, block.ffn.net[0].proj, shift_mlp, scale_mlp)
     return added(x, gate_mlp, feed_forward(block.ffn, entering))
