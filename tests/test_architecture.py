@@ -81,8 +81,17 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shipped", "machine_code", "cases", "counted"),
         ("inspection", "execution", "issued"),
         ("bounds",),
-        ("counting",),
+        ("counting", "step"),
         ("command",),
+    ),
+    "inspect/step": (
+        ("__init__", "models", "quantized", "absent_gpu", "work"),
+        ("tensors",),
+        ("launches",),
+        ("operations",),
+        ("compiled", "eager"),
+        ("trace",),
+        ("report",),
     ),
     "inspect/executor": (
         ("__init__", "syntax", "spelling", "faults"),

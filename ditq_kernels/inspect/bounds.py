@@ -25,6 +25,7 @@ class Gpu:
     l2_bytes: that all multiprocessors together read from L2 in a clock.
     wide_macs: multiply-accumulates a clock and multiprocessor of 16-bit operands whose sums are fp32, which GeForce
         boards make at half the rate of :data:`.machine_code.MACS_PER_CLOCK`.
+    l2_size: bytes that L2 holds.
     """
 
     name: str
@@ -33,16 +34,17 @@ class Gpu:
     memory_gbs: float
     l2_bytes: int
     wide_macs: int
+    l2_size: int
 
 
 # By architecture. Sources: NVIDIA's whitepapers of GA100 (5120 bytes a clock from L2), AD102, GH100 and GB202. Of the
 # later three no rate of L2 is published: 64 bytes a clock and multiprocessor, which one can take in, is more than it
 # gives.
 GPUS = {
-    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2039, 5120, 1024),
-    89: Gpu("GeForce RTX 4090", 128, 2.52, 1008, 64 * 128, 256),
-    90: Gpu("H100 SXM", 132, 1.83, 3350, 64 * 132, 2048),
-    120: Gpu("GeForce RTX 5090", 170, 2.41, 1792, 64 * 170, 256),
+    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2039, 5120, 1024, 40 << 20),
+    89: Gpu("GeForce RTX 4090", 128, 2.52, 1008, 64 * 128, 256, 72 << 20),
+    90: Gpu("H100 SXM", 132, 1.83, 3350, 64 * 132, 2048, 50 << 20),
+    120: Gpu("GeForce RTX 5090", 170, 2.41, 1792, 64 * 170, 256, 96 << 20),
 }
 
 

@@ -12,6 +12,10 @@ from ..arguments import AddCommand
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.step:
+        return _step(args)
+    if args.scheme:
+        raise ValueError("--scheme says how the model of --step is quantized: add --step MODEL")
     if args.execute:
         if args.driver:
             raise ValueError("--driver loads kernels on a GPU and --execute computes without one; choose one of them")
@@ -23,6 +27,71 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.match or args.out or args.counters:
         raise ValueError("--match, --out and --counters say what to execute: add --execute")
     return inspect_kernels(args.arch, driver=args.driver, quick=args.quick, as_json=args.json)
+
+
+DEFAULT_SCHEME, DEFAULT_ARCHITECTURE = "w8a8", 90
+
+
+def _step(args: argparse.Namespace) -> int:
+    if args.execute or args.driver or args.quick or args.match or args.counters:
+        raise ValueError("--step traces a model, and goes with --scheme, --arch, --json and --out only")
+    architectures = args.arch or [DEFAULT_ARCHITECTURE]
+    if len(architectures) > 1:
+        raise ValueError("--step traces for one GPU at a time: give --arch one architecture")
+    return trace_step(args.step, args.scheme or DEFAULT_SCHEME, architectures[0], out=args.out, as_json=args.json)
+
+
+def trace_step(
+    name: str,
+    scheme: str = DEFAULT_SCHEME,
+    arch: int = DEFAULT_ARCHITECTURE,
+    *,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Trace a step of a published model in 16 bits, in ``scheme`` and fused, eager and compiled, for a GPU that need
+    not be there, and print what its blocks launch, move and multiply; the exit code.
+
+    Args:
+        name: a key of :data:`.step.models.MODELS`.
+        out: a JSON file to write all kernels to, with versions and commit.
+        as_json: print that in place of the table.
+
+    Raises:
+        ValueError: for an unknown model or scheme, an architecture without published rates, or if there is no folder
+            for ``out``.
+    """
+    import json
+
+    from ..layer.formats import Scheme
+    from ..progress import track
+    from .bounds import GPUS
+    from .step.models import MODELS
+
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; --step takes {', '.join(MODELS)}")
+    if arch not in GPUS:
+        raise ValueError(
+            f"no rates are kept of a GPU of sm_{arch}; --arch takes {', '.join(f'sm_{one}' for one in GPUS)}"
+        )
+    Scheme.parse(scheme)
+    _check_folder_of(out)
+    from .step import report
+
+    steps = {}
+    for form, step in track(report.traced(name, scheme, arch), len(report.forms(scheme)), "form"):
+        steps[form] = step
+    record = report.record(name, scheme, arch, steps)
+    _keep(record, out)
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return 0
+    print(
+        f"{MODELS[name].about}; {GPUS[arch].name} (sm_{arch}), which was not asked: all is counted, no time is measured"
+    )
+    print(f"{record['weights']}\n")
+    print(report.table(name, {form: report.totals(name, step, arch) for form, step in steps.items()}))
+    return 0
 
 
 def execute_kernels(
@@ -191,7 +260,8 @@ def add_commands(command: AddCommand) -> None:
         "compile every kernel for each GPU architecture, with no GPU, and check its machine code, or execute it",
         "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json\n"
         '  ditq inspect --execute --quick\n  ditq inspect --execute --arch sm_90 --match "small w4_g128"\n'
-        '  ditq inspect --execute --counters --arch sm_90 --match "FLUX.1"',
+        '  ditq inspect --execute --counters --arch sm_90 --match "FLUX.1"\n'
+        "  ditq inspect --step flux.1-dev-1024 --scheme w4a8_g128",
         device=False,
     )
     inspect.add_argument(
@@ -215,6 +285,13 @@ def add_commands(command: AddCommand) -> None:
         help="with --execute: count what the kernels of DiT-XL/2's, PixArt's and FLUX's layers ask of the memories, in "
         "place of judging what they compute",
     )
+    inspect.add_argument(
+        "--step",
+        metavar="MODEL",
+        help="trace a step of a published model: launches, bytes, multiply-accumulates and a bound of each block, in "
+        "16 bits and quantized, fused, compiled; MODEL: dit-xl-2-512, flux.1-dev-1024 ... (a wrong name lists them)",
+    )
+    inspect.add_argument("--scheme", help=f"with --step: how it is quantized (default: {DEFAULT_SCHEME})")
     inspect.add_argument("--quick", action="store_true", help="a choice of the kernels, which takes minutes")
     inspect.add_argument(
         "--match", default="", metavar="TEXT", help="with --execute: cases, or layers, whose name holds TEXT"

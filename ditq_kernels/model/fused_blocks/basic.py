@@ -31,7 +31,7 @@ def _forward(
     class_labels: torch.Tensor | None = None,
     added_cond_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
-    x = hidden_states
+    x = hidden_states.contiguous()  # patches come transposed, and what is added to them would be, in all blocks
     if x.ndim != 3 or cross_attention_kwargs or block._chunk_size is not None:
         return None
     if block.norm_type == "ada_norm_zero":
