@@ -30,7 +30,7 @@ from ditq_kernels.inspect.bounds import GPUS
 from ditq_kernels.inspect.executor import driver
 from ditq_kernels.kernels.config import shared_memory
 from ditq_kernels.kernels.device import Device, standing_in
-from ditq_kernels.layer import backend
+from ditq_kernels.layer import backend, tape
 
 SHAPES = ((512, 1152, 1152), (4096, 3072, 3072))  # (M, N, K)
 
@@ -63,6 +63,7 @@ def main() -> None:
     ):
         driver.install(driver.Session(args.arch, shared_memory(args.arch)), cache)
         backend.why_unavailable = lambda name, device_type: None
+        tape.DEVICES.add("cpu")
         found: dict[str, list[float]] = {}
         calls: dict[str, Callable[[], object]] = {}
         for rows, out_features, in_features in SHAPES:
@@ -76,7 +77,7 @@ def main() -> None:
         with use_backend("triton"):
             for turn in range(args.rounds + 1):
                 for name, call in calls.items():
-                    took = microseconds(call, args.calls if turn else 1)
+                    took = microseconds(call, args.calls if turn else 3)
                     found.setdefault(name, []).extend([took] if turn else [])
     print("| call | µs (quartiles) |\n|---|---|")
     for name, values in found.items():

@@ -7,6 +7,7 @@ and the second launch of the same goes to it at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,19 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from ..layer import tape
 from .interpreter import interpreting
 
 ALIGNMENT = 16  # of addresses: what is compiled knows whether they are its multiples
 MOST_KEPT = 4096
 # What was compiled, the constants' values in the kernel's order, and the objects whose identities the key holds.
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
+
+
+def _is_heard(kernel: Any) -> bool:
+    """Whether somebody listens to launches."""
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
 
 
 def _key(
@@ -30,8 +38,7 @@ def _key(
     """
     if interpreting():
         return None
-    heard = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls or kernel.pre_run_hooks
-    if heard:
+    if _is_heard(kernel):
         return None
     active = driver.active
     key: list[Any] = [active.get_current_device(), id(active), id(kernel), id(constants), id(options)]
@@ -49,6 +56,13 @@ def _key(
     return None if addresses % ALIGNMENT else tuple(key)
 
 
+def _stream(device: int, active: Any, kernel: Any) -> int | None:
+    """The current stream of ``device``, if that is the current device and nobody listens to launches; or None."""
+    if _is_heard(kernel) or driver.active is not active or active.get_current_device() != device:
+        return None
+    return active.get_current_stream(device)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -63,7 +77,7 @@ def launch(
         constants, options: the same objects whenever they hold the same: they are told apart by identity.
     """
     key = _key(kernel, arguments, constants, options)
-    kept = _kept.get(key)
+    kept = None if key is None else _kept.get(key)
     if kept is None:
         compiled = kernel[grid](*arguments, **constants, **options)
         if key is not None and compiled is not None:  # a hook may keep Triton from compiling
@@ -71,9 +85,13 @@ def launch(
                 _kept.clear()
             values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             _kept[key] = compiled, values, (driver.active, kernel, constants, options)
+        tape.note(None)
         return
     compiled, values, _ = kept
     stream = driver.active.get_current_stream(key[0])
     hooks = (None, None, None)  # what a launch tells of itself, and who is told before and after
-    handles = compiled.function, compiled.packed_metadata
-    compiled.run(*grid, *(1,) * (3 - len(grid)), stream, *handles, *hooks, *arguments, *values)
+    head = *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata, *hooks
+    compiled.run(*head, *arguments, *values)
+    if tape.is_recording():
+        again = functools.partial(_stream, key[0], driver.active, kernel)
+        tape.note(tape.Launch(compiled.run, head, (*arguments, *values), again))

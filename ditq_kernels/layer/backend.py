@@ -77,6 +77,11 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     )
 
 
+def asked_backend() -> str | None:
+    """By :func:`use_backend` or ``DITQ_BACKEND``; None: nobody asks for one."""
+    return _chosen.get() or os.environ.get(BACKEND_VARIABLE)
+
+
 def selected_backend(device_type: str) -> str:
     """The backend for tensors on ``device_type``: :func:`use_backend`'s, else ``DITQ_BACKEND``'s, else triton for CUDA
     tensors, cpu for CPU tensors where that is possible, and reference.
@@ -85,7 +90,7 @@ def selected_backend(device_type: str) -> str:
         UnsupportedError: if the backend asked for cannot serve the device.
         ValueError: if ``DITQ_BACKEND`` holds an unknown name.
     """
-    asked = _chosen.get() or os.environ.get(BACKEND_VARIABLE)
+    asked = asked_backend()
     if asked is None:
         own = _OWN_BACKEND.get(device_type, "reference")
         return own if why_unavailable(own, device_type) is None else "reference"

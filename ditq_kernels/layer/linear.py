@@ -197,20 +197,20 @@ class QuantLinear(nn.Linear):
             return self._product_of_codes(x)
         if not x.dtype.is_floating_point:
             raise TypeError(f"the input must be floating-point, got {x.dtype}")
-        if x.device != self.qweight.device:
-            raise ValueError(f"the layer is on {self.qweight.device} but the input is on {x.device}; move one of them")
-        kind = x.device.type
+        qweight, device = self._stored("qweight"), x.device
+        if device != qweight.device:
+            raise ValueError(f"the layer is on {qweight.device} but the input is on {device}; move one of them")
         # Meta has no autocast; to ask which device has it breaks the graphs of PyTorch 2.11's compiler.
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
+            x = x.to(torch.get_autocast_dtype(device.type))
         return ops.quantized_linear(
             x,
-            self.qweight,
+            qweight,
             *self._of_groups(),
-            self.bias,
+            self._stored("bias"),
             weight_format=self.scheme.weight.name,
             quantizes_input=self.scheme.activation.bits == 8,
-            amax=self.input_amax,
+            amax=self._stored("input_amax"),
         )
 
     def _product_of_codes(self, x: QuantizedInput) -> torch.Tensor:
@@ -235,10 +235,18 @@ class QuantLinear(nn.Linear):
         """The stored weight in one value, as backends are given it."""
         return PackedWeight(self.qweight, *self._of_groups(), self.scheme.weight, self.in_features)
 
+    def _stored(self, name: str) -> torch.Tensor | None:
+        """The attribute ``name``, without the places where a module looks for one before its parameters."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
+
     def _of_groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """scale and group_code as kernels read them: in a layer that is joined with others, they are not contiguous."""
-        group_code = self.group_code
-        return self.scale.contiguous(), None if group_code is None else group_code.contiguous()
+        scale, group_code = self._stored("scale"), self._stored("group_code")
+        return (
+            scale if scale.is_contiguous() else scale.contiguous(),
+            group_code if group_code is None or group_code.is_contiguous() else group_code.contiguous(),
+        )
 
     def dequantized_weight(self) -> torch.Tensor:
         """fp32 [N, K]: exactly the values that the kernels multiply by."""

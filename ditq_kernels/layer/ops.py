@@ -14,6 +14,7 @@ from .backend import backend_of
 from .contracts import outside_autocast
 from .operands import check_bias, checked_weight, one_number, side_by_side
 from .quantized_input import QuantizedInput
+from .tape import repeated
 
 
 def _is_seen(x: torch.Tensor) -> bool:
@@ -34,12 +35,18 @@ def _call(name: str, x: torch.Tensor, *others: Any) -> Any:
     """Op ``name`` of ``x``, through PyTorch's dispatcher where something sees it, or would differentiate it."""
     if torch.is_grad_enabled() or _is_seen(x):
         return getattr(torch.ops.ditq, name)(x, *others)
-    return contracts.IMPLEMENTATIONS[name](x, *others)
+    return repeated(contracts.IMPLEMENTATIONS[name], x, *others)
 
 
 @outside_autocast
-def _computed(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
+def _computed(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
     """What the ops of :func:`_product` do, without PyTorch's dispatcher, and checked once for both."""
+    rows = _rows(x)
+    y = _computed_rows(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def _computed_rows(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
     weight = checked_weight(rows.shape[1], rows.device, qweight, scale, group_code, weight_format)
     if bias is not None:
         check_bias(bias, qweight)
@@ -58,10 +65,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
-    rows = _rows(x)
     if not _is_seen(x):
-        y = _computed(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
-    elif quantizes_input:
+        return repeated(_computed, x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+    rows = _rows(x)
+    if quantizes_input:
         qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
         y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
     else:
