@@ -12,6 +12,7 @@ The integer ``m * (u - z)`` always fits int8, because every format keeps ``(15 -
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +49,7 @@ class WeightFormat:
     scaling: Literal["float", "two_level"]
     layout: str
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The part of a scheme's name that speaks of weights, such as ``w4_g128``."""
         return f"w{self.bits}" + (f"_g{self.group}" if self.group else "")

@@ -191,27 +191,36 @@ class QuantLinear(nn.Linear):
             ValueError: if the last dimension of ``x`` is not K, or ``x`` is on another device than the weights.
             TypeError: if ``x`` is not floating-point, or quantized and the scheme does not quantize activations.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
         if isinstance(x, QuantizedInput):
+            self._check_width(x)
             return self._product_of_codes(x)
+        operands = self._operands()
+        y = ops.product_again(x, *operands)
+        if y is not None:
+            return y
+        self._check(x)
+        # Meta has no autocast; to ask which device has it breaks the graphs of PyTorch 2.11's compiler.
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return ops.product(x, *operands)
+
+    def _operands(self) -> tuple:
+        """What :func:`ops.product` takes behind its input."""
+        stored, scheme = self._stored, self.scheme
+        weight = stored("qweight"), *self._of_groups()
+        return stored("bias"), stored("input_amax"), *weight, scheme.weight.name, scheme.activation.bits == 8
+
+    def _check(self, x: torch.Tensor) -> None:
+        self._check_width(x)
         if not x.dtype.is_floating_point:
             raise TypeError(f"the input must be floating-point, got {x.dtype}")
-        qweight, device = self._stored("qweight"), x.device
-        if device != qweight.device:
-            raise ValueError(f"the layer is on {qweight.device} but the input is on {device}; move one of them")
-        # Meta has no autocast; to ask which device has it breaks the graphs of PyTorch 2.11's compiler.
-        if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            x = x.to(torch.get_autocast_dtype(device.type))
-        return ops.quantized_linear(
-            x,
-            qweight,
-            *self._of_groups(),
-            self._stored("bias"),
-            weight_format=self.scheme.weight.name,
-            quantizes_input=self.scheme.activation.bits == 8,
-            amax=self._stored("input_amax"),
-        )
+        if x.device != self.qweight.device:
+            raise ValueError(f"the layer is on {self.qweight.device} but the input is on {x.device}; move one of them")
+
+    def _check_width(self, x: torch.Tensor | QuantizedInput) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
 
     def _product_of_codes(self, x: QuantizedInput) -> torch.Tensor:
         if self.scheme.activation.bits != 8:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from . import contracts
-from .backend import backend_of
+from .backend import asked_backend, backend_of
 from .contracts import outside_autocast
 from .operands import check_bias, checked_weight, one_number, side_by_side
 from .quantized_input import QuantizedInput
-from .tape import repeated
+from .tape import again, repeated
 
 
 def _is_seen(x: torch.Tensor) -> bool:
@@ -35,7 +35,7 @@ def _call(name: str, x: torch.Tensor, *others: Any) -> Any:
     """Op ``name`` of ``x``, through PyTorch's dispatcher where something sees it, or would differentiate it."""
     if torch.is_grad_enabled() or _is_seen(x):
         return getattr(torch.ops.ditq, name)(x, *others)
-    return repeated(contracts.IMPLEMENTATIONS[name], x, *others)
+    return repeated(contracts.IMPLEMENTATIONS[name], asked_backend(), x, *others)
 
 
 @outside_autocast
@@ -66,7 +66,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
     if not _is_seen(x):
-        return repeated(_computed, x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+        return repeated(
+            _computed, asked_backend(), x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input
+        )
     rows = _rows(x)
     if quantizes_input:
         qx, sx = torch.ops.ditq.quantize_activation(rows, amax)
@@ -127,11 +129,23 @@ def quantized_linear(
     """
     if not x.dtype.is_floating_point:
         raise TypeError(f"the input must be floating-point, got {x.dtype}")
+    return product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
+
+
+def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
+    """:func:`quantized_linear` of a floating-point ``x``, in the order of its operands."""
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
         return _QuantizedLinear.apply(*arguments)
     return _product(*arguments)  # half the Python of a Function that nobody differentiates
+
+
+def product_again(x, *operands):
+    """:func:`product`, before anything is checked, where a call of the kind was recorded; None where not."""
+    if _is_seen(x) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return None
+    return again(_computed, asked_backend(), x, *operands)
 
 
 def product_of_codes(

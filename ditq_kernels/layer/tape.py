@@ -14,10 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from .backend import asked_backend
+from torch.utils._pytree import tree_leaves
 
 ALIGNMENT = 16  # of addresses: launches depend on whether they are its multiples
 MOST_KEPT = 4096
@@ -29,28 +27,31 @@ _recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("di
 _tapes: dict[tuple[Any, ...], Any] = {}
 
 
-def repeated(function: Callable[..., Any], *args: Any) -> Any:
+def again(function: Callable[..., Any], chosen: Any, *args: Any) -> Any:
+    """What :func:`repeated` returns where a call was recorded; None where not."""
+    if args[0].device.type not in DEVICES:
+        return None
+    kind, tensors = _kind(function, chosen, args)
+    tape = _tapes.get(kind)
+    if type(tape) is not Tape:
+        return None
+    stream = tape.stream()
+    return None if stream is None else tape.play(tensors, stream)
+
+
+def repeated(function: Callable[..., Any], chosen: Any, *args: Any) -> Any:
     """``function(*args)``, by what was recorded of an earlier call where there is such: the first is not recorded, the
     second is.
 
     Args:
-        function: launches what follows from the kind of its arguments; returns a tensor, or several that no other
-            argument is in.
-        args: tensors, and values that can be compared.
+        function: launches what follows from ``chosen`` and the kind of its arguments; returns a tensor, or several.
+        chosen: what else decides, such as the backend that is asked for.
+        args: the first a tensor, the others tensors and values that can be compared.
     """
-    key: list[Any] = [function, asked_backend()]
-    tensors = []
-    addresses = 0
-    for one in args:
-        if isinstance(one, torch.Tensor):
-            key += (one.shape, one.stride(), one.dtype, one.device)
-            tensors.append(one)
-            addresses |= one.data_ptr()
-        else:
-            key.append(one)
-    if addresses % ALIGNMENT or tensors[0].device.type not in DEVICES:
+    if args[0].device.type not in DEVICES:
         return function(*args)
-    found = _tapes.get(kind := tuple(key), _UNKNOWN)
+    kind, tensors = _kind(function, chosen, args)
+    found = None if kind is None else _tapes.get(kind, _UNKNOWN)
     if type(found) is Tape:
         stream = found.stream()
         if stream is not None:
@@ -63,6 +64,25 @@ def repeated(function: Callable[..., Any], *args: Any) -> Any:
             _tapes.clear()
         _tapes[kind] = _SEEN
     return function(*args)
+
+
+def _kind(function: Callable[..., Any], chosen: Any, args: tuple) -> tuple[tuple[Any, ...] | None, list[torch.Tensor]]:
+    """(equal for calls that launch the same, None for one that is not to be repeated; the tensors among ``args``)."""
+    key: list[Any] = [function, chosen]
+    tensors = []
+    addresses = 0
+    add, tensor = key.append, torch.Tensor
+    for one in args:
+        if isinstance(one, tensor):
+            add(one.shape)
+            add(one.stride())
+            add(one.dtype)
+            add(one.device)
+            tensors.append(one)
+            addresses |= one.data_ptr()
+        else:
+            add(one)
+    return (None if addresses % ALIGNMENT else tuple(key)), tensors
 
 
 def forget() -> None:
@@ -209,9 +229,10 @@ def _is_view(what: Any) -> bool:
 
 
 def _room(like: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return functools.partial(
-        torch.empty_strided, tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device
-    )
+    # Of all ways to make room, the one that takes the host least; what it is made like has no memory of its own.
+    model = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    model.untyped_storage().resize_(0)
+    return functools.partial(torch.empty_like, model)
 
 
 def _needed(
@@ -266,7 +287,9 @@ def _operation(what: Any, args: tuple, kwargs: dict, gave: Any, place: dict[int,
         return None
     names = (*range(len(args)), *kwargs)
     values = (*args, *kwargs.values())
-    reads = {name: place.get(id(one), -1) for name, one in zip(names, values, strict=True) if isinstance(one, torch.Tensor)}
+    reads = {
+        name: place.get(id(one), -1) for name, one in zip(names, values, strict=True) if isinstance(one, torch.Tensor)
+    }
     if -1 in reads.values() or not (gave is None or isinstance(gave, torch.Tensor)):
         return None
     keeps = isinstance(gave, torch.Tensor) and id(gave) not in place

@@ -1,0 +1,288 @@
+"""Calls repeated by what was recorded of them: right for other data, and nothing is repeated that is another call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditq_kernels.layer import tape
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    monkeypatch.setattr(tape, "DEVICES", {"cpu"})
+    tape.forget()
+    yield
+    tape.forget()
+
+
+launches = []
+
+
+def kernel(name, source, target, head=(0, 0, 0, 7), stream=lambda: 7):
+    """Doubles one tensor into another, of which it is told, as a kernel is, where they begin and how they are laid out;
+    and says what it was launched with.
+    """
+
+    def run(*arguments):
+        *_, source, target, shape, stride, target_stride = arguments
+        launches.append((name, arguments[: len(head)]))
+        source, target = (
+            torch.as_strided(one, shape, by, one.storage_offset())
+            for one, by in ((source, stride), (target, target_stride))
+        )
+        torch.mul(source, 2, out=target)
+
+    arguments = source, target, source.shape, source.stride(), target.stride()
+    run(*head, *arguments)
+    tape.note(tape.Launch(run, head, arguments, stream))
+
+
+def doubled(x, extra=None):
+    y = torch.empty(x.shape[0] * 2, x.shape[1])[: x.shape[0]]
+    kernel("double", x, y)
+    return y
+
+
+def twice_doubled(x, bias, times):
+    rows = x.reshape(-1, x.shape[-1])
+    between, y = torch.empty_like(rows), rows.new_empty(rows.shape)
+    kernel("first", rows, between)
+    between = torch.relu(between)
+    between.add_(bias)
+    kernel("second", between, y)
+    return y.view(x.shape), between
+
+
+def expected(x, bias):
+    between = torch.relu(2 * x) + bias
+    return 2 * between, between.view(-1, x.shape[-1])
+
+
+def test_the_third_call_repeats_the_second():
+    bias = torch.arange(4.0)
+    for turn in range(5):
+        launches.clear()
+        x = torch.randn(2, 3, 4)
+        for one, other in zip(tape.repeated(twice_doubled, None, x, bias, 1), expected(x, bias), strict=True):
+            assert torch.equal(one, other) and one.shape == other.shape
+        assert [name for name, _ in launches] == ["first", "second"]
+        found = tape.again(twice_doubled, None, x, bias, 1)
+        assert (found is None) == (turn == 0)
+    assert sum(type(one) is tape.Tape for one in tape._tapes.values()) == 1
+
+
+def test_the_stream_is_the_current_one():
+    streams = iter([1, 2, 3])
+
+    def call(x):
+        y = torch.empty_like(x)
+        kernel("double", x, y, stream=lambda: next(streams))
+        return y
+
+    for _ in range(4):
+        launches.clear()
+        assert torch.equal(tape.repeated(call, None, torch.ones(2, 2)), torch.full((2, 2), 2.0))
+        head = launches[0][1]
+    assert head == (0, 0, 0, 2)
+
+
+def test_other_kinds_are_other_calls():
+    made = []
+
+    def call(x, extra):
+        made.append(tuple(x.shape))
+        y = torch.empty_like(x)
+        kernel("double", x, y)
+        return y
+
+    x = torch.randn(4, 8)
+    kinds = [
+        (x, None),
+        (x[:2], None),
+        (x.t(), None),
+        (x.double(), None),
+        (x, 1),
+        (x, x),
+        (x, x[:, :4]),
+    ]
+    for args in kinds:
+        for turn in range(4):
+            made.clear()
+            assert torch.equal(tape.repeated(call, None, *args), 2 * args[0])
+            assert bool(made) == (turn < 2)
+    assert torch.equal(tape.repeated(call, None, torch.empty(0, 8), None), torch.empty(0, 8))
+
+
+def test_what_is_not_repeated():
+    calls = []
+
+    def call(x, kind):
+        calls.append(kind)
+        y = torch.empty_like(x)
+        if kind == "list":
+            y = torch.cat([x, x])[: len(x)] * 1
+            kernel("double", x, y)
+            return torch.cat([y, y])
+        if kind == "unknown":
+            torch.mul(x, 2, out=y)
+            tape.note(None)
+        elif kind == "nothing":
+            torch.mul(x, 2, out=y)
+        elif kind == "kept":
+            kernel("double", kept, y)
+        else:
+            kernel("double", x, y, stream=lambda: None)
+        return y
+
+    kept = torch.randn(4, 4)
+    for kind in ("list", "unknown", "nothing", "kept", "heard"):
+        calls.clear()
+        for _ in range(4):
+            tape.repeated(call, None, torch.randn(4, 4), kind)
+        assert calls == [kind] * 4
+    calls.clear()
+    flat = torch.randn(17)
+    for _ in range(4):
+        tape.repeated(call, None, flat[1:].view(4, 4), "heard")  # no multiple of 16
+    assert len(calls) == 4
+
+
+def test_views_that_begin_elsewhere():
+    def call(x):
+        y = torch.empty(2, len(x), 4)
+        kernel("double", x[:, 4:], y[1])
+        kernel("double", x[:, :4], y[0])
+        return y
+
+    for _ in range(4):
+        x = torch.randn(3, 8)
+        found = tape.repeated(call, None, x)
+        assert torch.equal(found, 2 * torch.stack([x[:, :4], x[:, 4:]]))
+    assert any(type(one) is tape.Tape for one in tape._tapes.values())
+
+
+def test_a_result_that_is_part_of_what_was_made():
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        assert torch.equal(tape.repeated(doubled, None, x, None), 2 * x)
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(tape, "MOST_KEPT", 3)
+    for rows in range(1, 9):
+        for _ in range(2):
+            tape.repeated(doubled, None, torch.randn(rows, 4), None)
+    assert len(tape._tapes) <= 3
+
+
+def test_nothing_is_recorded_elsewhere(monkeypatch):
+    monkeypatch.setattr(tape, "DEVICES", {"cuda"})
+    for _ in range(3):
+        tape.repeated(doubled, None, torch.randn(2, 4), None)
+    assert not tape._tapes and tape.again(doubled, None, torch.randn(2, 4), None) is None
+
+
+# Kernels are compiled to PTX, which the executor runs in place of a GPU: a process of its own, without the interpreter.
+PROGRAM = """
+import copy, tempfile, torch
+from torch import nn
+import ditq_kernels as ditq
+from ditq_kernels import QuantLinear, use_backend
+from ditq_kernels.inspect import execution
+from ditq_kernels.inspect.bounds import GPUS
+from ditq_kernels.inspect.executor import driver
+from ditq_kernels.kernels.config import shared_memory
+from ditq_kernels.kernels.device import Device, standing_in
+from ditq_kernels.layer import backend, ops, tape
+
+torch.manual_seed(0)
+played, play = [], tape.Tape.play
+tape.Tape.play = lambda self, *args: played.append(self) or play(self, *args)
+
+def repeats(call, make, exact=True):
+    "Three calls: the last is repeated, and all give what the other backend does, or the first did."
+    for turn in range(3):
+        played.clear()
+        inputs = make()
+        with use_backend("triton"):
+            found = call(*inputs)
+        with use_backend("reference"):
+            wanted = call(*inputs)
+        assert bool(played) == (turn == 2), (turn, played)
+        pairs = [(found, wanted)] if torch.is_tensor(found) else zip(found, wanted)
+        for one, other in pairs:
+            assert one.shape == other.shape and one.dtype == other.dtype
+            assert torch.equal(one, other) if exact else torch.allclose(one, other, atol=0.02, rtol=0.02)
+
+arch = 90
+with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch, GPUS[arch].multiprocessors)):
+    session = driver.Session(arch, shared_memory(arch), copies_need_fence=execution.copies_need_fence())
+    driver.install(session, cache)
+    backend.why_unavailable = lambda name, device_type: None
+    tape.DEVICES.add("cpu")
+    torch.set_grad_enabled(False)
+    wide = lambda *shape: (torch.randn(*shape).bfloat16(),)
+    for scheme in ("w8a8", "w8a8_static", "w4a8_g128", "w8a8_g128", "w4a16_g128"):
+        layer = QuantLinear.from_linear(nn.Linear(128, 96).bfloat16(), scheme, 2.0 if "static" in scheme else None)
+        exact = "a8" in scheme
+        repeats(layer, lambda: wide(2, 100, 128), exact)
+        if scheme == "w8a8":
+            # Weights that are other ones, or elsewhere, are those that are multiplied.
+            other = QuantLinear.from_linear(nn.Linear(128, 96).bfloat16(), scheme)
+            x, = wide(2, 100, 128)
+            def both(one):
+                with use_backend("triton"):
+                    found = one(x)
+                with use_backend("reference"):
+                    assert torch.equal(found, one(x))
+            both(other)
+            assert played
+            for name in ("qweight", "scale", "bias"):
+                getattr(layer, name).data = getattr(other, name).data.clone()
+            both(layer)
+            layer.qweight = other.qweight
+            both(layer)
+            # What looks sees the op.
+            played.clear()
+            with torch.autograd.profiler.profile(), use_backend("triton"):
+                layer(x)
+            assert not played
+            # What is repeated is differentiated.
+            for turn in range(3):
+                with torch.enable_grad(), use_backend("triton"):
+                    leaf = x.clone().requires_grad_()
+                    layer(leaf).sum().backward()
+                assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+            # An input that is not right is said to be.
+            for wrong, error in ((torch.randn(4, 64).bfloat16(), ValueError), (torch.ones(4, 128).long(), TypeError)):
+                for _ in range(3):
+                    try:
+                        with use_backend("triton"):
+                            layer(wrong)
+                    except error:
+                        continue
+                    raise AssertionError("not said")
+    repeats(lambda x: ops.quantize_activation(x), lambda: wide(40, 160))
+    repeats(lambda x: ops.gelu_quantize(x, None, "tanh")[1].isfinite(), lambda: wide(40, 160))
+    norm = lambda x, shift, scale: ops.norm_modulate(x, shift, scale)
+    repeats(norm, lambda: (*wide(2, 20, 64), *wide(2, 64), *wide(2, 64)), exact=False)
+    part = lambda x, both: ops.norm_modulate(x, both[:, 64:], both[:, :64])  # parts of one tensor
+    repeats(part, lambda: (*wide(2, 20, 64), *wide(2, 128)), exact=False)
+    silu = QuantLinear.from_linear(nn.Linear(128, 96).bfloat16(), "w8a16")
+    repeats(silu.of_silu, lambda: wide(2, 128), exact=False)
+print("done")
+"""
+
+
+def test_executed_kernels_are_repeated():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=REPOSITORY
+    )
+    assert done.stdout.strip() == "done", done.stdout + done.stderr
