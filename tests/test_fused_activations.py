@@ -35,6 +35,25 @@ def test_gelu_and_quantization(columns, dtype, static, approximate, device):
         check_codes(*module.gelu_quantize(x, amax, approximate), exact, error_budget.gelu_error(x), amax)
 
 
+@static
+@dtypes
+@pytest.mark.parametrize("columns, first", [(200, 72), (1152, 1), (20000, 384)] if COMPILED else [(200, 72), (1152, 1)])
+def test_gelu_behind_other_columns(columns, first, dtype, static, device):
+    x = activations(7, columns, dtype, device)
+    wide = 3 * torch.randn(7, first + 40, generator=generator(2)).to(device, dtype)
+    wide[5, 8] = float("nan")
+    before = wide[:, 8 : first + 8]
+    amax = torch.tensor([2.5], device=device) if static else None
+    exact = torch.cat([before.double(), F.gelu(x.double(), approximate="tanh")], 1)
+    for module in MODULES:
+        for given in (before, wide.t().contiguous().t()[:, 8 : first + 8]):
+            codes, scales = module.gelu_quantize(x, amax, "tanh", given)
+            assert scales[5].isnan() and not codes[5].any()
+            whole = torch.arange(7, device=device) != 5
+            error = error_budget.gelu_error(x)[whole]
+            check_codes(codes[whole], scales[whole], exact[whole], error, amax)
+
+
 def modulation(batch, columns, dtype, device):
     """(shift, scale) as a DiT hands them on: slices of one wider tensor."""
     wide = torch.randn(batch, 6 * columns, generator=generator(1)).to(device, dtype)

@@ -266,7 +266,7 @@ BLOCKS = {
         ("DiT", "w4a8_g32", 46, 24),
         ("DiT", "w4a16_g32", 40, 23),
         ("FLUX", "w8a8", 90, 58),
-        ("FLUX single", "w8a8", 38, 27),
+        ("FLUX single", "w8a8", 38, 25),
     ],
 )
 def test_a_block_launches_less(name, scheme, unfused, fused):

@@ -25,8 +25,12 @@ ELEMENT_BYTES = {kind: size for size, kind in ACTIVATION_TYPES.items()} | {WIDES
 # Of 4-bit weights with int8 activations and 128 x 128 tiles: decoding must hide behind the matrix units. Groups of 32
 # have four bytes to unpack in each block of 128 inputs, where groups of 128 have one.
 ISSUE_BUDGETS = {"w4": 0.7, "w4_g128": 0.7, "w4_g64": 0.7, "w4_g32": 0.9}
-# (K, GELU) of the quantizer, and K of the norm: one and several rows of registers a thread, and more than a block.
-QUANTIZED_ROWS = ((1152, ""), (3072, ""), (20000, ""), (4608, "tanh"), (12288, "none"))
+# (K, GELU, columns before it) of the quantizer, and K of the norm: one and several rows of registers a thread, and more
+# than a block.
+QUANTIZED_ROWS = (
+    *((1152, "", 0), (3072, "", 0), (20000, "", 0), (4608, "tanh", 0), (12288, "none", 0)),
+    *((12288, "tanh", 3072), (20000, "tanh", 3072)),
+)
 NORM_WIDTHS = (1152, 3072)
 
 
@@ -140,11 +144,12 @@ def _gradient(fmt: WeightFormat) -> Variant:
 
 
 def _activation(arch: int) -> Iterator[Variant]:
-    for width, gelu in QUANTIZED_ROWS:
+    for width, gelu, first in QUANTIZED_ROWS:
         for amax in (None, "*fp32"):
-            constants, options = activation.specialise(width, arch, gelu)
-            types = dict(x="*bf16", amax=amax, codes="*i8", scales="*fp32")
+            constants, options = activation.specialise(width, arch, gelu, first)
+            types = dict(x="*bf16", amax=amax, codes="*i8", scales="*fp32", before="*bf16" if first else None)
             name = f"{f'gelu {gelu} ' if gelu else ''}quantize {'static' if amax else 'per token'} K={width}"
+            name += f" behind {first}" if first else ""
             yield Variant(name, activation.quantize_activation_kernel, types, constants, options)
     for width in NORM_WIDTHS:
         for kind in ("i8", "bf16"):

@@ -81,21 +81,32 @@ def quantize_activation_kernel(
     K,
     stride_m,
     stride_k,
+    before,
+    J,
+    stride_before,
     GELU: tl.constexpr,
+    BEFORE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     REST: tl.constexpr,
     ONE_PASS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program a row, which it keeps in registers if ``ONE_PASS``: BLOCK_K columns, all of them there, and the rest,
-    of which there are up to REST. A longer row is read a second time, from the cache.
+    of which there are up to REST. A longer row is read a second time, from the cache. In front of it stand J columns of
+    ``before``, up to BEFORE, as they are.
     """
     if EARLY:
         wait_for_earlier_kernels()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     x_row = x + row * stride_m
-    codes_row = codes + row * K
+    codes_row = codes + row * (K + J)
+    if BEFORE:
+        j = tl.arange(0, BEFORE)
+        first = tl.load(before + row * stride_before + j, mask=j < J, other=0).to(tl.float32)
+        largest_first = tl.max(_magnitude(first))
+        codes_first = codes_row + j
+        codes_row += J
     if ONE_PASS:
         value = _load_row(x_row, columns, K, stride_k, False, GELU)
         largest = tl.max(_magnitude(value))
@@ -103,6 +114,8 @@ def quantize_activation_kernel(
             behind = BLOCK_K + tl.arange(0, REST)
             rest = _load_row(x_row, behind, K, stride_k, True, GELU)
             largest = tl.maximum(largest, tl.max(_magnitude(rest)))
+        if BEFORE:
+            largest = tl.maximum(largest, largest_first)
         row_is_finite = largest < float("inf")
         reach = _reach(amax, largest)
         factor = tl.div_rn(127.0, reach)
@@ -115,6 +128,8 @@ def quantize_activation_kernel(
             value = _load_row(x_row, start + columns, K, stride_k, True, GELU)
             magnitude = tl.maximum(magnitude, _magnitude(value))
         largest = tl.max(magnitude)
+        if BEFORE:
+            largest = tl.maximum(largest, largest_first)
         row_is_finite = largest < float("inf")
         reach = _reach(amax, largest)
         factor = tl.div_rn(127.0, reach)
@@ -122,6 +137,8 @@ def quantize_activation_kernel(
             k = start + columns
             value = _load_row(x_row, k, K, stride_k, True, GELU)
             tl.store(codes_row + k, _codes(value, factor, row_is_finite), mask=k < K)
+    if BEFORE:
+        tl.store(codes_first, _codes(first, factor, row_is_finite), mask=j < J)
     _store_scale(scales, row, reach, row_is_finite)
 
 
@@ -212,11 +229,11 @@ def norm_modulate_kernel(
 
 @functools.cache
 def specialise(
-    columns: int, capability: int, gelu: str | None = None
+    columns: int, capability: int, gelu: str | None = None, before: int = 0
 ) -> tuple[dict[str, int | bool | str], dict[str, int | bool]]:
-    """(compile-time constants, launch options) of a kernel over rows of ``columns``: of quantization behind ``gelu``,
-    or, None, of modulation. Powers of two are what a program can hold: the largest in the row, and one for what is left
-    of it, waste less than one for all.
+    """(compile-time constants, launch options) of a kernel over rows of ``columns``: of quantization behind ``gelu``
+    and ``before`` columns, or, None, of modulation. Powers of two are what a program can hold: the largest in the row,
+    and one for what is left of it, waste less than one for all.
     """
     whole = min(1 << max(columns.bit_length() - 1, 0), MAX_ACTIVATION_BLOCK)
     rest = triton.next_power_of_2(columns - whole) if whole < columns <= MAX_ACTIVATION_BLOCK else 0
@@ -224,16 +241,29 @@ def specialise(
     early = starts_early(capability)
     # A fused multiply-add would round once where the definition rounds twice.
     options = dict(num_warps=warps, enable_fp_fusion=False) | launch_options(early)
-    quantizes = {} if gelu is None else dict(GELU=gelu, ONE_PASS=0 < columns <= MAX_ACTIVATION_BLOCK)
+    quantizes = {}
+    if gelu is not None:
+        first = triton.next_power_of_2(before) if before else 0
+        quantizes = dict(GELU=gelu, BEFORE=first, ONE_PASS=0 < columns <= MAX_ACTIVATION_BLOCK)
     return dict(BLOCK_K=whole, REST=rest, EARLY=early) | quantizes, options
 
 
-def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(
+    x: torch.Tensor, amax: torch.Tensor | None, gelu: str, before: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
+    first = 0 if before is None else before.shape[1]
+    if first > MAX_ACTIVATION_BLOCK:
+        raise UnsupportedError(
+            f"the triton backend puts up to {MAX_ACTIVATION_BLOCK} columns before GELU's, got {first}; use the "
+            "reference backend"
+        )
+    if first and before.stride(1) != 1:
+        before = before.contiguous()
+    codes = torch.empty((rows, first + columns), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        constants, options = specialise(columns, describe(x.device).capability, gelu)
+        constants, options = specialise(columns, describe(x.device).capability, gelu, first)
         with launch_device(x):
             launch(
                 quantize_activation_kernel,
@@ -246,6 +276,9 @@ def _quantize(x: torch.Tensor, amax: torch.Tensor | None, gelu: str) -> tuple[to
                     columns,
                     x.stride(0),
                     x.stride(1),
+                    before if first else None,
+                    first,
+                    before.stride(0) if first else 0,
                 ),
                 constants,
                 options,
@@ -259,10 +292,17 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
 
 def gelu_quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+    x: torch.Tensor,
+    amax: torch.Tensor | None = None,
+    approximate: str = "none",
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`ditq_kernels.layer.reference.gelu_quantize`; any strides."""
-    return _quantize(x, amax, approximate)
+    """See :func:`ditq_kernels.layer.reference.gelu_quantize`; any strides.
+
+    Raises:
+        UnsupportedError: for a ``before`` of more than ``config.MAX_ACTIVATION_BLOCK`` columns.
+    """
+    return _quantize(x, amax, approximate, before)
 
 
 def _norm_modulate(

@@ -13,6 +13,7 @@ import torch
 from .backend import backend_of
 from .errors import UnsupportedError
 from .operands import (
+    check_before,
     check_bias,
     check_devices,
     check_norm,
@@ -29,7 +30,7 @@ _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_code"
 _NORM = "Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale"
 _library = torch.library.Library("ditq", "DEF")
 _library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)")
-_library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate) -> (Tensor, Tensor)")
+_library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate, Tensor? before=None) -> (Tensor, Tensor)")
 _library.define(f"norm_modulate(Tensor x, {_NORM}, float eps) -> Tensor")
 _library.define(f"norm_modulate_quantize(Tensor x, {_NORM}, Tensor? amax, float eps) -> (Tensor, Tensor)")
 _library.define(
@@ -46,13 +47,15 @@ def _quantize_activation(x: torch.Tensor, amax: torch.Tensor | None) -> tuple[to
     return backend_of(x.device).quantize_activation(x, amax)
 
 
-def _gelu_quantize(x, amax, approximate):
+def _gelu_quantize(x, amax, approximate, before=None):
     if approximate not in GELU_FORMS:
         raise ValueError(f"unknown GELU approximation {approximate!r}; allowed: {', '.join(GELU_FORMS)}")
     if x.dim() != 2:
         raise no_matrix(x)
     amax = None if amax is None else one_number(amax, x.device)
-    return backend_of(x.device).gelu_quantize(x, amax, approximate)
+    if before is not None:
+        check_before(before, x)
+    return backend_of(x.device).gelu_quantize(x, amax, approximate, before)
 
 
 def _norm_modulate(x, weight, bias, shift, scale, eps):
@@ -116,8 +119,10 @@ def _norm_modulate_quantize_fake(x, weight, bias, shift, scale, amax, eps):
     return x.new_empty((rows, x.shape[2]), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
 
 
-def _gelu_quantize_fake(x, amax, approximate):
-    return _quantize_activation_fake(x, amax)
+def _gelu_quantize_fake(x, amax, approximate, before=None):
+    check_devices(x.device, before=before)
+    codes, scales = _quantize_activation_fake(x, amax)
+    return codes if before is None else x.new_empty((len(x), before.shape[1] + x.shape[1]), dtype=torch.int8), scales
 
 
 def _quantize_activation_fake(x, amax):

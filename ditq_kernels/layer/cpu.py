@@ -30,12 +30,16 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
 
 def gelu_quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+    x: torch.Tensor,
+    amax: torch.Tensor | None = None,
+    approximate: str = "none",
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`.reference.gelu_quantize`, with tanh up to the rounding of exponentials."""
-    if approximate == "tanh" and x.numel():
+    if approximate == "tanh" and x.numel() and before is None:
         return cpu_extension.gelu_quantize(x, amax)
-    return quantize_activation(F.gelu(x.to(torch.float32), approximate=approximate), amax)
+    y = F.gelu(x.to(torch.float32), approximate=approximate)
+    return quantize_activation(y if before is None else torch.cat([before.to(torch.float32), y], 1), amax)
 
 
 def norm_modulate_quantize(

@@ -80,6 +80,15 @@ def check_bias(bias: torch.Tensor, qweight: torch.Tensor) -> None:
         raise elsewhere("bias", bias, qweight.device)
 
 
+def check_before(before: torch.Tensor, x: torch.Tensor) -> None:
+    """ValueError unless ``before`` holds columns that can stand in front of those of ``x`` [M, K]."""
+    if before.dim() != 2 or len(before) != len(x) or before.dtype != x.dtype:
+        found = f"{before.dtype} {list(before.shape)}"
+        raise ValueError(f"before must be {x.dtype} [{len(x)}, J], rows of the input, got {found}")
+    if before.device != x.device:
+        raise elsewhere("before", before, x.device)
+
+
 def one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``amax`` as fp32 [1]; ValueError if it holds another number of numbers, or is elsewhere."""
     if amax.numel() != 1:

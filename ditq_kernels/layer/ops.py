@@ -202,20 +202,25 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
 
 def gelu_quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+    x: torch.Tensor,
+    amax: torch.Tensor | None = None,
+    approximate: str = "none",
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quantize_activation` of ``gelu(x)``, which stays in fp32 between the two; for inference.
 
     Args:
         approximate: "none" or "tanh", as in ``torch.nn.functional.gelu``.
+        before: [..., J] in ``x.dtype``, columns that stand in front of GELU's as they are: the codes are [M, J + K].
 
     Raises:
         TypeError: if ``x`` is not floating-point.
-        ValueError: for another ``approximate``, or an ``amax`` of more than one number.
+        ValueError: for another ``approximate``, an ``amax`` of more than one number, or a ``before`` of other rows.
+        UnsupportedError: on the triton backend, for J above 16384.
     """
     if not x.dtype.is_floating_point:
         raise TypeError(f"activations to quantize must be floating-point, got {x.dtype}")
-    return _call("gelu_quantize", _rows(x), amax, approximate)
+    return _call("gelu_quantize", _rows(x), amax, approximate, None if before is None else _rows(before))
 
 
 def norm_modulate(

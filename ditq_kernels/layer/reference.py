@@ -43,12 +43,16 @@ def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tu
 
 
 def gelu_quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None, approximate: str = "none"
+    x: torch.Tensor,
+    amax: torch.Tensor | None = None,
+    approximate: str = "none",
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quantize_activation` of GELU of ``x`` [M, K], which stays in fp32 between the two. ``approximate`` is
-    "none" or "tanh", as in ``torch.nn.functional.gelu``.
+    "none" or "tanh", as in ``torch.nn.functional.gelu``. ``before`` [M, J]: columns in front of GELU's, as they are.
     """
-    return quantize_activation(F.gelu(x.to(torch.float32), approximate=approximate), amax)
+    y = F.gelu(x.to(torch.float32), approximate=approximate)
+    return quantize_activation(y if before is None else torch.cat([before.to(torch.float32), y], 1), amax)
 
 
 def _norm_modulate_fp32(

@@ -42,12 +42,17 @@ def _codes_within_budget(found, exact, error, amax):
     return f"codes {share:.2f} of the budget"
 
 
-def gelu(columns: int, dtype: torch.dtype, static: bool, approximate: str):
-    """Quantization behind GELU."""
+def gelu(columns: int, dtype: torch.dtype, static: bool, approximate: str, first: int = 0):
+    """Quantization behind GELU, with ``first`` columns in front of it."""
     x = activations(7, columns, dtype)
     amax = torch.tensor([2.5]) if static else None
     exact = F.gelu(x.double(), approximate=approximate)
-    found = activation.gelu_quantize(x, amax, approximate)
+    before = None
+    if first:
+        wide = torch.randn(7, first + 24, generator=generator(2)).to(dtype)
+        before = wide[:, 8 : first + 8]  # rows of something wider
+        exact = torch.cat([before.double(), exact], 1)
+    found = activation.gelu_quantize(x, amax, approximate, before)
     return _codes_within_budget(found, exact, error_budget.gelu_error(x), amax)
 
 
@@ -108,6 +113,12 @@ def _activation_cases() -> Iterator[Case]:
                     chosen = columns == 200 or (columns == 20000 and approximate == "none")
                     quick = chosen and dtype == BF16 and not static
                     yield case_of("activation", label, gelu, columns, dtype, static, approximate, quick=quick)
+    for columns, first in ((200, 72), (1152, 384), (17000, 200)):
+        for dtype in DTYPES:
+            for static in (False, True):
+                label = f"gelu tanh {SHORT[dtype]} K={columns} behind {first}{' static' if static else ''}"
+                quick = columns == 1152 and dtype == BF16 and not static
+                yield case_of("activation", label, gelu, columns, dtype, static, "tanh", first, quick=quick)
     for shape in NORM_SHAPES:
         for dtype in DTYPES:
             for words in ("modulated", "static modulated", "affine", "plain"):

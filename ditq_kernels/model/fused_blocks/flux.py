@@ -12,6 +12,7 @@ from .block import FusedBlock
 from .passes import (
     FEED_FORWARD,
     added,
+    after_gelu,
     clipped,
     feed_forward,
     has_feed_forward,
@@ -73,7 +74,7 @@ FLUX_DOUBLE = FusedBlock(
 
 def _is_known_single(block: nn.Module) -> bool:
     layers = block.attn.to_q, block.proj_mlp  # which share an input, and have to agree on its codes
-    return has_norm(block.norm.norm) and quantize_alike(layers)
+    return has_norm(block.norm.norm) and quantize_alike(layers) and isinstance(block.act_mlp, nn.GELU)
 
 
 def _single(
@@ -90,11 +91,13 @@ def _single(
     shift, scale, gate = modulation(block.norm, temb, 3)
     layer = joined_at(block.attn, "to_q") if takes_codes(block.proj_mlp) else None
     entering = normed(block.norm.norm, x, layer, shift, scale)
-    hidden = block.act_mlp(block.proj_mlp(entering))
+    hidden = block.proj_mlp(entering)
     attention = block.attn(hidden_states=entering, image_rotary_emb=image_rotary_emb)
-    x = clipped(added(x, gate, block.proj_out(torch.cat([attention, hidden], dim=2))))
+    x = clipped(added(x, gate, after_gelu(block.proj_out, block.act_mlp, hidden, attention)))
     texts = encoder_hidden_states.shape[1]
     return x[:, :texts], x[:, texts:]
 
 
-FLUX_SINGLE = FusedBlock("FluxSingleTransformerBlock", _PARAMETERS, _is_known_single, ("norm", "norm.norm"), _single)
+FLUX_SINGLE = FusedBlock(
+    "FluxSingleTransformerBlock", _PARAMETERS, _is_known_single, ("norm", "norm.norm", "act_mlp"), _single
+)

@@ -49,12 +49,20 @@ def has_norm(norm: nn.Module | None) -> bool:
 
 def feed_forward(block: nn.Module, x: torch.Tensor | QuantizedInput) -> torch.Tensor:
     """diffusers' ``FeedForward`` with GELU, which is quantized as it is computed."""
-    gelu, layer = block.net[0], block.net[2]
-    hidden = gelu.proj(x)
+    gelu = block.net[0]
+    return after_gelu(block.net[2], gelu, gelu.proj(x))
+
+
+def after_gelu(layer: nn.Module, gelu: nn.Module, x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """``layer`` of GELU of ``x``, in the form that ``gelu.approximate`` names, with the channels of ``before`` in front
+    of it.
+    """
     if not takes_codes(layer):
-        return layer(F.gelu(hidden, approximate=gelu.approximate))
-    codes = ops.gelu_quantize(hidden, layer.input_amax, gelu.approximate)
-    return layer(QuantizedInput(*codes, hidden.shape, hidden.dtype))
+        hidden = F.gelu(x, approximate=gelu.approximate)
+        return layer(hidden if before is None else torch.cat([before, hidden], -1))
+    codes = ops.gelu_quantize(x, layer.input_amax, gelu.approximate, before)
+    channels = codes[0].shape[1]
+    return layer(QuantizedInput(*codes, torch.Size((*x.shape[:-1], channels)), x.dtype))
 
 
 FEED_FORWARD = ("", ".net.0", ".net.1", ".net.3")  # whose own forwards feed_forward does not call
