@@ -24,6 +24,7 @@ from .tensors import memory_of, tensors_in
 from .work import ACTIVATION, PASS, WEIGHT, Work
 
 GPU = torch.device("cuda", 0)
+_OLDEST = 2, 11  # of PyTorch, that can be asked
 _INPUT = re.compile(r"arg(\d+)_1")
 
 
@@ -35,7 +36,7 @@ class _Scheduled(Exception):
 def _stood_in(arch: int) -> Iterator[None]:
     """The compiler finds a GPU of ``arch``."""
     from torch._dynamo import device_interface
-    from torch._inductor.fx_passes import joint_graph, post_grad
+    from torch._inductor.fx_passes import joint_graph
 
     found = properties(arch)
 
@@ -54,8 +55,8 @@ def _stood_in(arch: int) -> Iterator[None]:
 
     cpu = torch.device("cpu")  # on which patterns are traced that are looked for
     with contextlib.ExitStack() as stack:
-        for module in (joint_graph, post_grad):
-            stack.enter_context(patch.object(module, "lazy_init", lambda *_, _of=module.lazy_init, **__: _of(cpu)))
+        prepare = joint_graph.lazy_init
+        stack.enter_context(patch.object(joint_graph, "lazy_init", lambda *device: prepare(*(cpu for _ in device))))
         device_interface.get_interface_for_device("cpu")  # else the others would be registered later
         stack.enter_context(
             patch.dict(device_interface.device_interfaces, {name: Interface for name in ("cuda", "cuda:0")})
@@ -70,8 +71,11 @@ def scheduled(function: nn.Module, inputs: dict[str, Any], arch: int) -> list[Wo
     """What ``function(**inputs)`` launches when it is compiled as one graph, within :func:`.absent_gpu.absent_gpu`.
 
     Raises:
-        RuntimeError: if this version of PyTorch does not say what it scheduled.
+        ImportError: if PyTorch is too old to be asked.
+        RuntimeError: if it made several graphs of one.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:
+        raise ImportError(f"what PyTorch {torch.__version__} would compile cannot be traced; pip install 'torch>=2.11'")
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
