@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ditq_kernels"
 # stand at the top level ("") each by itself, because kernels/ stands among them.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("files", "memory", "progress", "revision", "shapes"),
+        ("files", "memory", "progress", "published", "revision", "shapes"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
         ("layer/packing", "layer/packed_weight", "layer/grid"),
         ("layer/cpu_extension",),
@@ -92,7 +92,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("command",),
     ),
     "inspect/step": (
-        ("__init__", "models", "quantized", "absent_gpu", "work"),
+        ("__init__", "quantized", "absent_gpu", "work"),
         ("tensors",),
         ("launches",),
         ("operations",),
@@ -148,10 +148,10 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("command",),
     ),
     "benchmark": (
-        ("__init__", "cases", "checks", "timing", "turns"),
+        ("__init__", "cases", "checks", "libraries", "timing", "turns"),
         ("ceilings", "contenders"),
         ("elementwise", "peers", "pictures", "quantizing"),
-        ("run", "provenance", "targets", "cpu_blocks"),
+        ("run", "provenance", "targets", "cpu_blocks", "steps"),
         ("report", "tune"),
         ("ahead",),
         ("command",),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ditq_kernels import cli
-from ditq_kernels.benchmark import cpu_blocks, pictures
+from ditq_kernels.benchmark import cpu_blocks, libraries, pictures
 from ditq_kernels.benchmark.cpu_blocks import BASELINES, Contender, Subject, Timing
 from ditq_kernels.benchmark.turns import take_turns
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Subject("small", heads=2, channels=32, side=4, batch=2)
 PLAIN = tuple(Contender(name, "torch", lambda model: model) for name in BASELINES)
 MEASURE = cpu_blocks.measure
-OURS = Contender("ditq_kernels w8a8", None, partial(cpu_blocks._ours, scheme="w8a8"))
+OURS = Contender("ditq_kernels w8a8", None, partial(libraries.ours, scheme="w8a8"))
 
 
 @pytest.fixture(autouse=True)

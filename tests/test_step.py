@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_kernels import cli
+from ditq_kernels import cli, published
 from ditq_kernels.inspect.bounds import GPUS
-from ditq_kernels.inspect.step import models, report, work
+from ditq_kernels.inspect.step import report, work
 from ditq_kernels.inspect.step.absent_gpu import absent_gpu, place, placed
 from ditq_kernels.inspect.step.compiled import scheduled
 from ditq_kernels.inspect.step.eager import dispatched
@@ -111,19 +111,19 @@ def test_bounds():
     assert total.plus(total) != total
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", published.MODELS)
 def test_published_models(name):
-    published = models.MODELS[name]
+    about = published.MODELS[name]
     found = trace(name, Form(), 90)
-    assert set(found.blocks) == set(published.blocks())
+    assert set(found.blocks) == set(about.blocks())
     for blocks in found.blocks:
         block = found.block(blocks)
         assert [one for one in block if one.kind == work.ATTENTION] and len(of_kind(block, PRODUCT)) >= 4
     # Each block's weights are read once: what is left of the model's is read outside of them.
-    model = published.build(3)
+    model = about.build(3)
     read = sum(one.moved(WEIGHT) for blocks in found.blocks.values() for block in blocks for one in block)
     stored = sum(
-        BF16 * one.numel() for blocks in published.depths for one in getattr(model, blocks).parameters() if one.ndim > 1
+        BF16 * one.numel() for blocks in about.depths for one in getattr(model, blocks).parameters() if one.ndim > 1
     )
     assert read == pytest.approx(stored, rel=0.02)
 

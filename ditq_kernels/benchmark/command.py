@@ -124,6 +124,42 @@ def bench_cpu(out: Path, quick: bool) -> int:
     return 1 if any(cpu_blocks.is_ours_and_failed(timing) for timing in timings) else 0
 
 
+def bench_steps(
+    out: Path, device: torch.device, models: Sequence[str] | None, schemes: Sequence[str] | None, blocks: int | None
+) -> int:
+    """Measure how long steps of published models take, print the table, and write JSON below ``out``; the exit code, 1
+    where one of our own fails.
+
+    Args:
+        models: beginnings of keys of :data:`ditq_kernels.published.MODELS`; None: all.
+        blocks: of each kind, None: as many as are published.
+
+    Raises:
+        ValueError: for a model that is not known, or an unknown scheme.
+    """
+    from ..layer.formats import Scheme
+    from ..published import MODELS
+    from . import steps
+
+    names = [name for name in MODELS if models is None or name.startswith(tuple(models))]
+    if not names:
+        raise ValueError(f"no model of that name; --steps takes {', '.join(MODELS)}")
+    for scheme in schemes or ():
+        Scheme.parse(scheme)
+    wanted = steps.contenders(schemes)
+    about = provenance() | (dict(gpu=gpu(device)) if device.type == "cuda" else dict(cpu=cpu()))
+    path = out / "steps.json"
+    timings = []
+    with advancing(steps.turns(names, wanted, steps.ROUNDS), "turn") as advance:
+        for timing in steps.measure(names, wanted, device, blocks, advance=advance):
+            timings.append(timing)
+            report.write(path, steps.record(timings, blocks, about))
+    print(steps.table(timings))
+    depth = "as many blocks as are published" if blocks is None else f"{blocks} blocks of each kind"
+    print(f"\n{depth}; torch {about['torch']}\n{path}")
+    return 1 if any(map(steps.is_ours_and_failed, timings)) else 0
+
+
 def _machine(about: dict[str, Any]) -> str:
     machine = about["cpu"]
     return (

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .libraries import Contender, ours, sdnq_int8, torchao_int8, unchanged
 from .quantizing import stored_bytes
 from .turns import Quartiles, no_matter, said_by, take_turns, version_of
 
@@ -49,49 +50,12 @@ SUBJECTS = (
 )
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One library's way.
-
-    Attributes:
-        package: as pip knows it; None of this one.
-        convert: a model to its quantized form; it may change the model.
-    """
-
-    name: str
-    package: str | None
-    convert: Callable[[nn.Module], nn.Module]
-
-
-def _ours(model: nn.Module, scheme: str, fused: bool = True) -> nn.Module:
-    from ..model.pipelines import quantize
-
-    return quantize(model, scheme, fused=fused, progress=False)
-
-
-def _torchao(model: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
-def _sdnq(model: nn.Module) -> nn.Module:
-    from sdnq import sdnq_post_load_quant
-
-    return sdnq_post_load_quant(model, weights_dtype="int8", use_quantized_matmul=True, add_skip_keys=False)
-
-
-def _unchanged(model: nn.Module) -> nn.Module:
-    return model
-
-
 CONTENDERS = (
-    *(Contender(name, "torch", _unchanged) for name in BASELINES),
-    *(Contender(f"ditq_kernels {scheme}", None, partial(_ours, scheme=scheme)) for scheme in ("w8a8", "w4a8_g128")),
-    Contender("ditq_kernels w8a8, unfused", None, partial(_ours, scheme="w8a8", fused=False)),
-    Contender("torchao int8", "torchao", _torchao),
-    Contender("sdnq int8", "sdnq", _sdnq),
+    *(Contender(name, "torch", unchanged) for name in BASELINES),
+    *(Contender(f"ditq_kernels {scheme}", None, partial(ours, scheme=scheme)) for scheme in ("w8a8", "w4a8_g128")),
+    Contender("ditq_kernels w8a8, unfused", None, partial(ours, scheme="w8a8", fused=False)),
+    Contender("torchao int8", "torchao", torchao_int8),
+    Contender("sdnq int8", "sdnq", sdnq_int8),
 )
 
 

@@ -46,6 +46,15 @@ def _bench(args: argparse.Namespace) -> int:
         from .command import bench_quantizing
 
         return bench_quantizing(args.out)
+    if args.steps:
+        import torch
+
+        from .command import bench_steps
+
+        device = torch.device(arguments.device(args.device))
+        return bench_steps(args.out, device, args.models, args.schemes, args.blocks)
+    if args.blocks:
+        raise ValueError("--blocks says how deep the models of --steps are: add --steps")
     device = _gpu(arguments.device(args.device))
     if device is None:
         from .command import bench_cpu
@@ -76,13 +85,22 @@ def add_commands(command: AddCommand) -> None:
         "  ditq bench --quick --out out/bench\n"
         "  ditq bench --models FLUX.1 DiT-XL/2 --schemes w8a8 w4a8_g128 --rows 512 4096 --seconds 300\n"
         "  ditq bench --device cpu --out out/bench\n"
-        "  ditq bench --quantizing --out out/bench",
+        "  ditq bench --quantizing --out out/bench\n"
+        "  ditq bench --steps --models flux.1 dit-xl-2-512 --schemes w8a8 --out out/bench",
     )
     _selection(bench)
     bench.add_argument(
         "--quantizing",
         action="store_true",
         help="measure, on the CPU, how fast weights are quantized, beside the other libraries that are installed",
+    )
+    bench.add_argument(
+        "--steps",
+        action="store_true",
+        help="measure whole steps of published models with random weights: eager, compiled and as CUDA graphs",
+    )
+    bench.add_argument(
+        "--blocks", type=arguments.count, metavar="N", help="with --steps: build N blocks of each kind (default: all)"
     )
     bench.add_argument("--schemes", nargs="+", metavar="SCHEME", help="of ours, only these (default: the recommended)")
     bench.add_argument(

@@ -53,7 +53,7 @@ def trace_step(
     not be there, and print what its blocks launch, move and multiply; the exit code.
 
     Args:
-        name: a key of :data:`.step.models.MODELS`.
+        name: a key of :data:`ditq_kernels.published.MODELS`.
         out: a JSON file to write all kernels to, with versions and commit.
         as_json: print that in place of the table.
 
@@ -65,8 +65,8 @@ def trace_step(
 
     from ..layer.formats import Scheme
     from ..progress import track
+    from ..published import MODELS
     from .bounds import GPUS
-    from .step.models import MODELS
 
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; --step takes {', '.join(MODELS)}")

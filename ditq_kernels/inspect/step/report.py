@@ -14,11 +14,11 @@ from dataclasses import asdict
 
 import torch
 
+from ...published import MODELS
 from ...revision import commit
 from ..bounds import GPUS
 from ..workers import end_with_parent
 from . import launches
-from .models import MODELS
 from .trace import BUILT, Form, Step, trace
 from .work import Total
 

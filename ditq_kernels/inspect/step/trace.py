@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ...published import MODELS
 from .absent_gpu import absent_gpu, place, placed
 from .compiled import scheduled
 from .eager import dispatched
-from .models import MODELS
 from .quantized import put_empty_layers
 from .tensors import memory_of
 from .work import Work
@@ -64,7 +64,9 @@ class Step:
 
 
 def trace(name: str, form: Form, arch: int) -> Step:
-    """One call of the model ``name`` of :data:`.models.MODELS`, in a process with :func:`.launches.installed`."""
+    """One call of the model ``name`` of :data:`ditq_kernels.published.MODELS`, in a process with
+    :func:`.launches.installed`.
+    """
     from ...model.pipelines import fuse
 
     published = MODELS[name]
