@@ -14,12 +14,14 @@ from . import combinations, distribution, plots, tables
 from .records import Records
 
 TEMPLATE = "experiments.md.jinja"
+OTHER_SIZE = "moment_steps-fashion_dit_small"
 NAMES = (
     "calibration",
     "weights",
     "moments",
     "positions",
     "moment_steps",
+    OTHER_SIZE,
     "combinations",
     "layers",
     "semistatic",
@@ -85,6 +87,7 @@ def render(directory: Path) -> str:
         results=results,
         command=" ".join(distribution.command()),
         psnr=psnr,
+        other_size=OTHER_SIZE,
         excess=excess,
         evaluated=evaluated,
         shown=[variant.name for variant in combinations.shown()],
