@@ -262,8 +262,8 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("name", "scheme", "unfused", "fused"),
     [
-        ("DiT", "w8a8", 46, 24),
-        ("DiT", "w4a8_g32", 46, 24),
+        ("DiT", "w8a8", 46, 21),
+        ("DiT", "w4a8_g32", 46, 21),
         ("DiT", "w4a16_g32", 40, 23),
         ("FLUX", "w8a8", 90, 58),
         ("FLUX single", "w8a8", 38, 25),

@@ -9,6 +9,7 @@ from ditq_kernels.kernels import activation, config, dispatch
 from ditq_kernels.layer import reference
 from ditq_kernels.layer.error_budget import PLAIN
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.gated_residual import GatedResidual
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -92,6 +93,25 @@ def test_int8_activation_products(fmt, shape, dtype, device):
         assert_product(actual, x, w, bias)
     else:  # an exact sum, and behind it roundings in an order that is part of the contract
         assert torch.equal(actual, expected)
+
+
+@in_formats_and_types([shape for shape in SHAPES if shape[0] > 1])
+def test_products_added_to_a_residual(fmt, shape, dtype, device):
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features, device)
+    qx, sx = reference.quantize_activation(activations(rows, in_features, dtype, device))
+    samples = next(number for number in (3, 2, 1) if rows % number == 0)
+    residual = activations(rows, out_features + 2, dtype, device)[:, 1:-1]
+    gate = activations(samples, 3 * out_features, dtype, device)[:, out_features : 2 * out_features]
+    added = GatedResidual(residual, gate)
+    y = kernels.linear_a8(qx, sx, weight, bias, dtype)
+    found = kernels.linear_a8(qx, sx, weight, bias, dtype, added=added)
+    expected = residual.double() + gate.double().repeat_interleave(rows // samples, 0) * y.double()
+    budget = 4 * torch.finfo(torch.float32).eps * (residual.double().abs() + (expected - residual.double()).abs())
+    budget += 0 if dtype == torch.float32 else 2.0**-8 * expected.abs() * (1 if dtype == torch.bfloat16 else 0.125)
+    assert ((found.double() - expected).abs() <= budget + 1e-30).all()
+    if not fmt.promoted:
+        assert torch.equal(found, reference.linear_a8(qx, sx, weight, bias, dtype, added=added))
 
 
 @in_formats_and_types(SHAPES)

@@ -11,6 +11,7 @@ import torch
 
 from ..kernels import activation, dense_product, early_start, expansion, gradient, in_loop_product, small_product
 from ..kernels.config import CONFIGS, Config, Problem, is_valid
+from ..kernels.dispatch import adds_residuals
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .compilation import Variant
 
@@ -38,6 +39,10 @@ def _weight_types(fmt: WeightFormat) -> dict[str, str | None]:
     return dict(qweight="*u8" if fmt.bits == 4 else "*i8", scale="*fp32", group_code="*u8" if fmt.two_level else None)
 
 
+def _residual_types(adds: bool) -> dict[str, str | None]:
+    return dict.fromkeys(("residual", "gate"), "*bf16" if adds else None)
+
+
 def _problem(
     fmt: WeightFormat, activation_bytes: int, arch: int, rows: int = MANY_ROWS, output_bytes: int = 2
 ) -> Problem:
@@ -57,18 +62,20 @@ def _in_loop(arch: int) -> Iterator[Variant]:
 def _in_loop_of(fmt: WeightFormat, activation_bytes: int, kind: str, arch: int) -> Iterator[Variant]:
     valid = [c for c in CONFIGS["in_loop"] if is_valid(c, _problem(fmt, activation_bytes, arch))]
     # Masks along K, SiLU and the accumulators as output change loads and stores and not the tiles: one form of each.
-    forms = [(config, EVEN_WIDTH, False, "bf16") for config in valid] + [(valid[0], RAGGED_WIDTH, False, "bf16")]
-    forms += [(valid[-1], EVEN_WIDTH, True, "bf16")] if kind != "i8" else []
-    forms += [(valid[0], EVEN_WIDTH, False, "i32")] if kind == "i8" and not fmt.promoted else []
-    for config, width, silu, output in forms:
+    plain = False, False  # SiLU, and a residual
+    forms = [(config, EVEN_WIDTH, plain, "bf16") for config in valid] + [(valid[0], RAGGED_WIDTH, plain, "bf16")]
+    forms += [(valid[-1], EVEN_WIDTH, (True, False), "bf16")] if kind != "i8" else []
+    forms += [(valid[0], EVEN_WIDTH, plain, "i32")] if kind == "i8" and not fmt.promoted else []
+    forms += [(config, EVEN_WIDTH, (False, True), "bf16") for config in filter(adds_residuals, valid) if kind == "i8"]
+    for config, width, (silu, adds), output in forms:
         even, integer = width == EVEN_WIDTH, kind == "i8"
         constants, options = in_loop_product.specialise(config, fmt, OUTPUT_TYPES[output], even, silu, arch, integer)
         bias = None if output == "i32" else "*bf16"
         types = dict(x=f"*{kind}", sx="*fp32" if kind == "i8" else None, bias=bias, y=f"*{output}")
-        types |= _weight_types(fmt)
+        types |= _weight_types(fmt) | _residual_types(adds)
         large = config.block_m * config.block_n >= 128 * 128 and width == EVEN_WIDTH and output == "bf16"
         yield Variant(
-            f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}{_to(output)}",
+            f"{fmt.name} x {kind} {config} K={width}{' silu' if silu else ''}{_to(output)}{' added' if adds else ''}",
             in_loop_product.in_loop_product_kernel,
             types,
             constants,
@@ -100,18 +107,19 @@ def _dense(arch: int) -> Iterator[Variant]:
         kind = ACTIVATION_TYPES[problem.activation_bytes]
         valid = [config for config in CONFIGS[route] if config.block_m and is_valid(config, problem)]
         pointers = next(config for config in valid if not config.descriptors)
-        forms = [(config, EVEN_WIDTH, "bf16") for config in valid] + [(pointers, RAGGED_WIDTH, "bf16")]
+        forms = [(config, EVEN_WIDTH, "bf16", False) for config in valid] + [(pointers, RAGGED_WIDTH, "bf16", False)]
         if kind == "i8":
             # What is stored takes shared memory too: every tile that may write fp32 does so, one writes accumulators.
             wide = _problem(WEIGHT_FORMATS["w8"], 1, arch, output_bytes=4)
-            forms += [(config, EVEN_WIDTH, "fp32") for config in valid if is_valid(config, wide)]
-            forms.append((pointers, EVEN_WIDTH, "i32"))
-        for config, width, output in forms:
+            forms += [(config, EVEN_WIDTH, "fp32", False) for config in valid if is_valid(config, wide)]
+            forms.append((pointers, EVEN_WIDTH, "i32", False))
+            forms += [(config, EVEN_WIDTH, "bf16", True) for config in filter(adds_residuals, valid)]
+        for config, width, output, adds in forms:
             constants, options = dense_product.specialise(config, OUTPUT_TYPES[output], width == EVEN_WIDTH)
             yield Variant(
-                f"dense {kind} {config} K={width}{_to(output)}",
+                f"dense {kind} {config} K={width}{_to(output)}{' added' if adds else ''}",
                 dense_product.dense_product_kernel,
-                _dense_types(config, kind, output),
+                _dense_types(config, kind, output) | _residual_types(adds),
                 constants,
                 options,
                 matrix="int8" if kind == "i8" else "float",

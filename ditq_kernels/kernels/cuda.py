@@ -6,6 +6,7 @@ import torch
 
 from ..layer import extension
 from ..layer.errors import UnsupportedError
+from ..layer.gated_residual import GatedResidual
 from ..layer.packed_weight import PackedWeight
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
 from .device import describe
@@ -33,6 +34,8 @@ def linear_a8(
     weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    added: GatedResidual | None = None,
 ) -> torch.Tensor:
     """See :func:`ditq_kernels.layer.reference.linear_a8`.
 
@@ -41,7 +44,8 @@ def linear_a8(
     """
     shape = (qx.shape[0], weight.out_features, weight.in_features)
     _refuse(extension.why_unsupported_a8(*shape, weight.fmt, out_dtype, describe(qx.device).capability))
-    return extension.linear_a8(qx, sx, weight, bias, out_dtype)
+    y = extension.linear_a8(qx, sx, weight, bias, out_dtype)
+    return y if added is None else added.plus(y)
 
 
 def linear_a16(

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..layer.gated_residual import GatedResidual
 from .config import Config, cdiv
 from .decode import matrix_operand_type
-from .epilogue import epilogue, store_tile
+from .epilogue import epilogue, gated, store_tile
 from .interpreter import interpreting
 from .launch import launch
 from .tile_order import tile_position
@@ -52,13 +53,15 @@ def _load_operand(
             return tl.load(row + columns, mask=columns < K, other=0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def dense_product_kernel(
     x,
     w,
     sx,
     scale,
     bias,
+    residual,
+    gate,
     y,
     M,
     N,
@@ -66,6 +69,9 @@ def dense_product_kernel(
     stride_x,
     stride_w,
     stride_y,
+    stride_residual,
+    stride_gate,
+    rows_per_gate,
     RAW: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -74,8 +80,8 @@ def dense_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``, absent parts None; ``x`` and ``w`` are
-    pointers or descriptors of blocks.
+    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``, and ``residual`` added to it times ``gate``;
+    absent parts None; ``x`` and ``w`` are pointers or descriptors of blocks.
     """
     operand_type: tl.constexpr = matrix_operand_type(x.dtype if DESCRIPTORS else x.dtype.element_ty, COMPILED)
     accumulator_type: tl.constexpr = tl.int32 if operand_type == tl.int8 else tl.float32
@@ -90,6 +96,8 @@ def dense_product_kernel(
         m = (first_m + tl.arange(0, BLOCK_M))[:, None]
         n = (first_n + tl.arange(0, BLOCK_N))[None, :]
         value = epilogue(total, sx, scale, bias, tl.where(m < M, m, 0), tl.where(n < N, n, 0), RAW)
+        if residual is not None:
+            value = gated(value, y, residual, stride_residual, gate, stride_gate, rows_per_gate, m, n, M, N)
         store_tile(y, stride_y, value, m, n, M, N)
 
 
@@ -123,9 +131,11 @@ def dense_product(
     y: torch.Tensor,
     config: Config,
     multiprocessors: int,
+    added: GatedResidual | None = None,
 ) -> None:
     """Writes ``y`` [M, N], whose rows may be strided: ``x`` [M, K] times ``w`` [N, K] transposed, both int8 or both
-    16-bit, scaled and biased as far as given. Operands that descriptors cannot read are read by pointers.
+    16-bit, scaled and biased as far as given; ``added``: what it is added to. Operands that descriptors cannot read are
+    read by pointers.
     """
     rows, in_features = x.shape
     out_features = w.shape[0]
@@ -147,6 +157,8 @@ def dense_product(
             sx,
             scale,
             bias,
+            None if added is None else added.residual,
+            None if added is None else added.gate,
             y,
             rows,
             out_features,
@@ -154,6 +166,9 @@ def dense_product(
             x.stride(0),
             w.stride(0),
             y.stride(0),
+            0 if added is None else added.residual.stride(0),
+            0 if added is None else added.gate.stride(0),
+            1 if added is None else added.rows_per_gate,
         ),
         constants,
         options,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..layer import extension
 from ..layer.formats import WeightFormat
+from ..layer.gated_residual import GatedResidual
 from ..layer.packed_weight import PackedWeight
 from . import tables
 from .config import Config, Problem, row_class
@@ -62,6 +63,7 @@ def _chosen(
     return tables.choose(problem, device.name, may_be_extension)
 
 
+LARGEST_ADDED = 128 * 128  # tile of a persistent program, that adds a residual
 VECTOR_BYTES = 16  # at whose multiples the extension's int8 operands begin
 
 
@@ -91,15 +93,24 @@ def chosen(
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
     y = operands.output()
     weight = operands.weight
-    dense_product(operands.x, weight.qweight, operands.sx, weight.scale, operands.bias, y, config, multiprocessors)
+    parts = operands.sx, weight.scale, operands.bias
+    dense_product(operands.x, weight.qweight, *parts, y, config, multiprocessors, operands.added)
     return y
 
 
 def _extension_product(operands: Operands, config: Config) -> torch.Tensor:
-    x, sx, weight, bias, out_dtype, silu = operands
+    x, sx, weight, bias, out_dtype, silu, _ = operands
     if sx is None:
         return extension.linear_a16(x, weight, bias, silu)
     return extension.linear_a8(x, sx, weight, bias, out_dtype, config.instance)
+
+
+def adds_residuals(config: Config) -> bool:
+    """Whether what a product is added to is added where it is stored, and not by a pass of its own. With the largest
+    tiles a persistent program has no registers for it (ptxas spills 14 on sm_90).
+    """
+    has_registers = not config.descriptors or config.block_m * config.block_n <= LARGEST_ADDED
+    return config.route in ("in_loop", "int8", "expanded") and config.block_m > 0 and has_registers
 
 
 def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
@@ -113,6 +124,9 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
     device = describe(x.device)
     if config is None:
         config = chosen(x, out_features, weight.fmt, operands.out_dtype, weight.qweight)
+    added = operands.added
+    if added is not None and not adds_residuals(config):
+        return added.plus(product(operands._replace(added=None), config))
     if operands.silu and config.route not in LOADS_WITH_SILU:
         x, operands = F.silu(x), operands._replace(silu=False)
     operands = operands._replace(x=x)
@@ -135,9 +149,10 @@ def linear_a8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     config: Config | None = None,
+    added: GatedResidual | None = None,
 ) -> torch.Tensor:
     """See :func:`ditq_kernels.layer.reference.linear_a8`; ``config`` None takes the one chosen for the problem."""
-    return product(Operands(qx, sx.contiguous(), weight, bias, out_dtype), config)
+    return product(Operands(qx, sx.contiguous(), weight, bias, out_dtype, added=added), config)
 
 
 def linear_a16(

@@ -30,6 +30,19 @@ def epilogue(acc, sx, scale, bias, m, n, RAW: tl.constexpr):
 
 
 @triton.jit
+def gated(value, y, residual, stride_residual, gate, stride_gate, rows_per_gate, m, n, M, N):
+    """``residual + gate * value``, in fp32, of a ``value`` that is rounded to the dtype of ``y`` first, as it would be
+    between two passes; ``m`` and ``n`` as in :func:`epilogue`, with ``rows_per_gate`` rows to a row of ``gate``.
+    """
+    inside = (m < M) & (n < N)
+    value = value.to(y.dtype.element_ty).to(tl.float32)
+    of_sample = gate + (m // rows_per_gate).to(tl.int64) * stride_gate + n
+    factor = tl.load(of_sample, mask=inside, other=0).to(tl.float32)
+    before = tl.load(residual + m.to(tl.int64) * stride_residual + n, mask=inside, other=0).to(tl.float32)
+    return before + factor * value
+
+
+@triton.jit
 def store_tile(y, stride_y, value, m, n, M, N):
     """The part of a tile that lies inside ``y``, in the output's dtype; ``m`` and ``n`` as in :func:`epilogue`."""
     tl.store(y + m.to(tl.int64) * stride_y + n, value.to(y.dtype.element_ty), mask=(m < M) & (n < N))

@@ -149,7 +149,8 @@ def expanded_product(operands: Operands, config: Config, multiprocessors: int) -
             continue
         if config.block_m:
             scale = operands.weight.scale[first : first + count] if x.dtype == torch.int8 else None
-            dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors)
+            added = None if operands.added is None else operands.added.outputs(first, count)
+            dense_product(x, w, operands.sx, scale, bias, product, config, multiprocessors, added)
             continue
         with torch.no_grad():  # which functions with an output given ask for
             if bias is None:

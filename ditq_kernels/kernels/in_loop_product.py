@@ -27,7 +27,7 @@ from .decode import (
     part_of_block,
 )
 from .device import describe
-from .epilogue import epilogue, store_tile
+from .epilogue import epilogue, gated, store_tile
 from .interpreter import interpreting
 from .launch import launch
 from .operands import Operands
@@ -55,7 +55,7 @@ def _awaited(total):
     return tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def in_loop_product_kernel(
     x,
     sx,
@@ -63,6 +63,8 @@ def in_loop_product_kernel(
     scale,
     group_code,
     bias,
+    residual,
+    gate,
     y,
     M,
     N,
@@ -70,6 +72,9 @@ def in_loop_product_kernel(
     stride_x,
     row_bytes,
     groups,
+    stride_residual,
+    stride_gate,
+    rows_per_gate,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     PROMOTED: tl.constexpr,
@@ -83,7 +88,9 @@ def in_loop_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``; one program a tile."""
+    """``y[m, n] = sx[m] * scale[n] * sum_k x[m, k] * w[n, k] + bias[n]``, and ``residual`` added to it times ``gate``;
+    one program a tile.
+    """
     first_m, first_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
@@ -134,6 +141,9 @@ def in_loop_product_kernel(
         total = total * (1.0 / float_unit(operand_type, COMPILED))  # exact
     channel_scale = None if PROMOTED else scale
     value = epilogue(total, sx, channel_scale, bias, m_read[None, :], n_read[:, None], RAW)
+    if residual is not None:
+        row, output = m[None, :], n[:, None]
+        value = gated(value, y, residual, stride_residual, gate, stride_gate, rows_per_gate, row, output, M, N)
     store_tile(y, N, value, m[None, :], n[:, None], M, N)
 
 
@@ -171,6 +181,7 @@ def specialise(
 def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
     """[M, N]; any M, N and K."""
     x, weight, fmt, y = operands.x, operands.weight, operands.weight.fmt, operands.output()
+    added = operands.added
     rows, in_features = x.shape
     out_features = y.shape[1]
     constants, options = specialise(
@@ -192,6 +203,8 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
             weight.scale,
             weight.group_code,
             operands.bias,
+            None if added is None else added.residual,
+            None if added is None else added.gate,
             y,
             rows,
             out_features,
@@ -199,6 +212,9 @@ def in_loop_product(operands: Operands, config: Config) -> torch.Tensor:
             x.stride(0),
             weight.qweight.stride(0),
             fmt.group_count(in_features),
+            0 if added is None else added.residual.stride(0),
+            0 if added is None else added.gate.stride(0),
+            1 if added is None else added.rows_per_gate,
         ),
         constants,
         options,

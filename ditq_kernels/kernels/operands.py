@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..layer.gated_residual import GatedResidual
 from ..layer.packed_weight import PackedWeight
 
 
@@ -17,6 +18,7 @@ class Operands(NamedTuple):
     bias: [N] or None.
     out_dtype: of the result; int32 means the accumulators as they are.
     silu: whether SiLU is applied to ``x`` first.
+    added: what the product is added to, or None.
     """
 
     x: torch.Tensor
@@ -25,6 +27,7 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None
     out_dtype: torch.dtype
     silu: bool = False
+    added: GatedResidual | None = None
 
     def output(self) -> torch.Tensor:
         """[M, N], not yet written."""

@@ -17,6 +17,7 @@ from .operands import (
     check_bias,
     check_devices,
     check_norm,
+    checked_residual,
     checked_weight,
     elsewhere,
     no_matrix,
@@ -34,7 +35,8 @@ _library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate, Tensor? 
 _library.define(f"norm_modulate(Tensor x, {_NORM}, float eps) -> Tensor")
 _library.define(f"norm_modulate_quantize(Tensor x, {_NORM}, Tensor? amax, float eps) -> (Tensor, Tensor)")
 _library.define(
-    f"linear_a8(Tensor qx, Tensor sx, {_WEIGHT}, Tensor? bias, str weight_format, ScalarType out_dtype) -> Tensor"
+    f"linear_a8(Tensor qx, Tensor sx, {_WEIGHT}, Tensor? bias, str weight_format, ScalarType out_dtype, "
+    "Tensor? residual=None, Tensor? gate=None) -> Tensor"
 )
 _library.define(f"linear_a16(Tensor x, {_WEIGHT}, Tensor? bias, str weight_format, bool silu=False) -> Tensor")
 _library.define(f"grad_input(Tensor grad, {_WEIGHT}, str weight_format, int in_features) -> Tensor")
@@ -71,7 +73,7 @@ def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
 
 
-def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
+def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype, residual=None, gate=None):
     if qx.dim() != 2:
         raise no_matrix(qx)
     weight = checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
@@ -88,7 +90,8 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     if bias is not None:
         check_bias(bias, qweight)
     sx, bias = side_by_side(sx), side_by_side(bias)
-    return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype)
+    added = checked_residual(residual, gate, (qx.shape[0], weight.out_features), out_dtype, qx.device)
+    return backend_of(qx.device).linear_a8(qx, sx, weight, bias, out_dtype, added=added)
 
 
 def _linear_a16(x, qweight, scale, group_code, bias, weight_format, silu=False):
@@ -131,8 +134,8 @@ def _quantize_activation_fake(x, amax):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype):
-    check_devices(qx.device, sx=sx, qweight=qweight, scale=scale, group_code=group_code)
+def _linear_a8_fake(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype, residual=None, gate=None):
+    check_devices(qx.device, sx=sx, qweight=qweight, scale=scale, group_code=group_code, residual=residual, gate=gate)
     if bias is not None:
         check_bias(bias, qweight)
     return qx.new_empty((qx.shape[0], qweight.shape[0]), dtype=out_dtype)

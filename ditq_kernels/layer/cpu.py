@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu_extension, reference
+from .gated_residual import GatedResidual
 from .packed_weight import PackedWeight
 from .reference import grad_input, norm_modulate
 
@@ -62,11 +63,14 @@ def linear_a8(
     weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    added: GatedResidual | None = None,
 ) -> torch.Tensor:
-    """As :func:`.reference.linear_a8`, bit for bit."""
+    """As :func:`.reference.linear_a8`, bit for bit; with ``added`` up to the rounding of ``gate * y`` in fp32."""
     there = qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES
     implementation = cpu_extension if there else reference
-    return implementation.linear_a8(qx, sx, weight, bias, out_dtype)
+    y = implementation.linear_a8(qx, sx, weight, bias, out_dtype)
+    return y if added is None else added.plus(y)
 
 
 def quantized_linear(

@@ -228,6 +228,23 @@ class QuantLinear(nn.Linear):
         weight = self.qweight, *self._of_groups(), self.bias
         return ops.product_of_codes(x, *weight, weight_format=self.scheme.weight.name)
 
+    def added_to(self, residual: torch.Tensor, gate: torch.Tensor, x: torch.Tensor | QuantizedInput) -> torch.Tensor:
+        """``residual + gate * layer(x)``, for inference; where activations are quantized, of the product's own pass.
+
+        Args:
+            residual: [B, T, N], in the dtype of ``x``.
+            gate: [B, N].
+            x: [B, T, K], or quantized already.
+        """
+        if self.scheme.activation.bits != 8:
+            return torch.addcmul(residual, gate.unsqueeze(1), self(x))
+        if not isinstance(x, QuantizedInput):
+            self._check(x)
+            x = QuantizedInput(*ops.quantize_activation(x, self.input_amax), x.shape, x.dtype)
+        self._check_width(x)
+        weight = self._stored("qweight"), *self._of_groups(), self._stored("bias")
+        return ops.product_of_codes(x, *weight, weight_format=self.scheme.weight.name, residual=residual, gate=gate)
+
     def of_silu(self, x: torch.Tensor) -> torch.Tensor:
         """The layer of ``silu(x)``, in one pass, for inference with a scheme of 16-bit activations.
 

@@ -11,6 +11,7 @@ import functools
 import torch
 
 from .formats import WEIGHT_FORMATS, WeightFormat
+from .gated_residual import GatedResidual
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS
 
@@ -87,6 +88,29 @@ def check_before(before: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"before must be {x.dtype} [{len(x)}, J], rows of the input, got {found}")
     if before.device != x.device:
         raise elsewhere("before", before, x.device)
+
+
+def checked_residual(
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> GatedResidual | None:
+    """What a product of ``shape`` is added to, with neighbours side by side; ValueError if the parts do not fit."""
+    if residual is None and gate is None:
+        return None
+    if residual is None or gate is None:
+        raise ValueError("a residual comes with a gate, and a gate with a residual")
+    if residual.shape != shape or residual.dtype != dtype or not dtype.is_floating_point:
+        found = f"{residual.dtype} {list(residual.shape)}"
+        raise ValueError(f"the residual must be {dtype} {list(shape)}, as the product is, and a float; got {found}")
+    fits = gate.dim() == 2 and gate.shape[1] == shape[1] and len(gate) and shape[0] % len(gate) == 0
+    if not fits or gate.dtype != dtype:
+        found = f"{gate.dtype} {list(gate.shape)}"
+        raise ValueError(f"the gate must be {dtype} [samples, {shape[1]}], samples that share the rows; got {found}")
+    check_devices(device, residual=residual, gate=gate)
+    return GatedResidual(*(part if part.stride(1) == 1 else part.contiguous() for part in (residual, gate)))
 
 
 def one_number(amax: torch.Tensor, device: torch.device) -> torch.Tensor:

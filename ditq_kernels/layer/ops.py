@@ -156,13 +156,22 @@ def product_of_codes(
     bias: torch.Tensor | None = None,
     *,
     weight_format: str,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`quantized_linear` of ``x`` [..., K] that is quantized already, to [..., N] in ``x.dtype``; for inference.
 
+    Args:
+        residual, gate: [..., N] and [samples, N] in ``x.dtype``: the result is ``residual + gate * y``, of the product
+            ``y`` as it would be without; samples share the rows, and each has a row of the gate.
+
     Raises:
-        ValueError: if the parts of the weight do not fit each other or the input, or are not contiguous.
+        ValueError: if the parts of the weight do not fit each other or the input, or are not contiguous, or if one of
+            residual and gate is missing or does not fit.
     """
-    y = _call("linear_a8", x.codes, x.scale, qweight, scale, group_code, bias, weight_format, x.dtype)
+    operands = qweight, scale, group_code, bias, weight_format, x.dtype
+    added = () if residual is None and gate is None else (None if residual is None else _rows(residual), gate)
+    y = _call("linear_a8", x.codes, x.scale, *operands, *added)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 

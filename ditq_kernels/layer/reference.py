@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .formats import INT8_MAX, WeightFormat
+from .gated_residual import GatedResidual
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS, unpack_groups
 
@@ -169,8 +170,16 @@ def linear_a8(
     weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    added: GatedResidual | None = None,
 ) -> torch.Tensor:
-    """[M, N] in ``out_dtype``; with ``torch.int32`` the raw accumulators, of formats that have them."""
+    """[M, N] in ``out_dtype``; with ``torch.int32`` the raw accumulators, of formats that have them. ``added``: what
+    the product is added to, once it is rounded.
+    """
+    if added is not None:
+        y = linear_a8(qx, sx, weight, bias, out_dtype).to(torch.float32)
+        gate = added.gate.to(torch.float32).repeat_interleave(added.rows_per_gate, 0)
+        return (added.residual.to(torch.float32) + gate * y).to(out_dtype)
     w, scale, fmt = decode(weight), weight.scale, weight.fmt
     if fmt.promoted:
         total = torch.zeros((qx.shape[0], w.shape[0]), dtype=torch.float32, device=qx.device)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layer.linear import QuantLinear
 from ..layer.quantized_input import QuantizedInput
-from ..layer.shared_input import SharedInput, has_hooks
+from ..layer.shared_input import SharedInput, has_hooks, is_bare
 from .substituted_class import Forward, restore, substitute
 
 # Layers that attention feeds the same input.
@@ -22,6 +22,8 @@ HANDING_ON = (
     *("AttnProcessor", "AttnProcessor2_0", "FluxAttnProcessor", "JointAttnProcessor2_0"),
     *("QwenDoubleStreamAttnProcessor2_0", "WanAttnProcessor"),
 )
+ADDED = "ditq_added"  # an argument of attentions that share: Added, of layers that adds_at is true of
+Added = dict[str, tuple[torch.Tensor, torch.Tensor]]  # (residual, gate), by the name of a layer
 _SHARED = "_ditq_shared"  # where an attention keeps its layers that share an input
 
 
@@ -72,6 +74,34 @@ def joined_at(attention: nn.Module, name: str) -> QuantLinear | None:
     return None
 
 
+def adds(layer: nn.Module, residual: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``layer``, fed with activations of ``dtype``, can add its product to ``residual``, times ``gate``, in the
+    pass that makes it.
+    """
+    return (
+        is_bare(layer)
+        and layer.scheme.activation.bits == 8
+        and residual.dtype == gate.dtype == dtype
+        and residual.is_contiguous()
+    )
+
+
+def adds_at(attention: nn.Module, name: str, residual: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Whether :func:`adds` is true of the layer ``name`` that an output of ``attention`` comes from, and nothing
+    happens to the output behind it.
+    """
+    if not hands_on(attention) or not _shared_by(attention) or getattr(attention, "residual_connection", False):
+        return False
+    if getattr(attention, "rescale_output_factor", 1) != 1:
+        return False
+    layer = getattr(attention, name, None)
+    if name == "to_out":
+        layer, dropout = layer if len(layer) == 2 else (None, None)
+        if not isinstance(dropout, nn.Dropout) or has_hooks(dropout):
+            return False
+    return layer is not None and adds(layer, residual, gate, residual.dtype)
+
+
 def _shared_by(attention: nn.Module) -> tuple[SharedInput, ...]:
     """What layers of ``attention`` share, unless it calls others (diffusers' own joined ones), or is but a copy that
     shares its state.
@@ -90,10 +120,11 @@ def _is_of_diffusers(processor: Any) -> bool:
 
 def _sharing(original: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        added = kwargs.pop(ADDED, {})
         shared = _shared_by(self)
         if not shared or not _is_of_diffusers(self.processor):
             return original(self, *args, **kwargs)
-        return original(_Projections(self, shared), *args, **kwargs)
+        return original(_Projections(self, shared, added), *args, **kwargs)
 
     return forward
 
@@ -103,8 +134,16 @@ class _Projections:
     first of them is.
     """
 
-    def __init__(self, attention: nn.Module, shared: tuple[SharedInput, ...]) -> None:
+    def __init__(self, attention: nn.Module, shared: tuple[SharedInput, ...], added: Added) -> None:
         self._attention = attention
+        for name, pair in added.items():
+            layer = getattr(attention, name)
+            if name == "to_out":
+                self.to_out = functools.partial(layer[0].added_to, *pair), _as_it_is
+            else:
+                setattr(self, name, functools.partial(layer.added_to, *pair))
+        if added and not torch.compiler.is_compiling():  # a compiler drops divisions by 1
+            self.rescale_output_factor = _One()
         for one in shared:
             outputs = _Outputs(one)
             for place, name in enumerate(one.names):
@@ -112,6 +151,17 @@ class _Projections:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class _One:
+    """What tensors divided by it are no other than."""
+
+    def __rtruediv__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class _Outputs:

@@ -12,6 +12,7 @@ from ...kernels import dispatch
 from ...kernels.config import CONFIGS, EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, arithmetic, is_valid
 from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
+from ...layer.gated_residual import GatedResidual
 from .case import SHORT, Case, case_of, equal, within_budget
 from .inputs import activations, stored, with_powers_of_two
 
@@ -75,6 +76,20 @@ def product_a8(fmt: WeightFormat, shape: tuple[int, int, int], config: Config | 
     y = dispatch.linear_a8(qx, sx, weight, bias, out, config)
     expected = reference.linear_a8(qx, sx, weight, bias, out)
     return equal(y, expected, SHORT[out])
+
+
+def added_a8(fmt: WeightFormat, shape: tuple[int, int, int], config: Config, out: torch.dtype):
+    """:func:`product_a8`, added to rows of something wider, times a gate that is part of a modulation."""
+    rows, out_features, in_features = shape
+    weight, bias = stored(fmt, out_features, in_features)
+    qx, sx = reference.quantize_activation(activations(rows, in_features, FP32))
+    samples = next(number for number in (3, 2, 1) if rows % number == 0)
+    residual = activations(rows, out_features + 16, out)[:, 8:-8]
+    gate = activations(samples, 3 * out_features, out)[:, out_features : 2 * out_features]
+    operands = qx, sx, weight, bias.to(out), out
+    added = GatedResidual(residual, gate)
+    found, expected = dispatch.linear_a8(*operands, config, added), reference.linear_a8(*operands, added=added)
+    return equal(found, expected, SHORT[out])
 
 
 def product_a16(
@@ -152,6 +167,10 @@ def _of_config(
         else:
             name, arguments = f"{fmt.name} x {SHORT[dtype]} {config} {shape}", (fmt, shape, config, dtype, biased, arch)
             yield case_of(config.route, name, product_a16, *arguments, quick=chosen)
+    if activation_bytes == 1 and dispatch.adds_residuals(config):
+        for shape, out in ((ragged_shape(config, number), BF16), (even_shape(config), FP16)):
+            name = f"{fmt.name} x i8 to {SHORT[out]} {config} {shape} added"
+            yield case_of(config.route, name, added_a8, fmt, shape, config, out, quick=quick and out == BF16)
     entering = {1: torch.int8, 2: BF16, 4: FP32}[activation_bytes]
     label = f"{fmt.name} x {SHORT[entering]}"
     if activation_bytes > 1 and config.route in dispatch.LOADS_WITH_SILU:

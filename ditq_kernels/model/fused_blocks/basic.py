@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, feed_forward, has_feed_forward, has_norm, modulation, normed
+from .passes import FEED_FORWARD, attended, feed_forward, has_feed_forward, has_norm, modulation, normed
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -43,13 +43,12 @@ def _forward(
         parts = (block.scale_shift_table + timestep.reshape(len(x), 6, -1)).unbind(1)
         first, second = block.norm1, block.norm2
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
-    attention = block.attn1(
-        normed(first, x, joined_at(block.attn1, "to_q"), shift, scale), attention_mask=attention_mask
-    )
-    x = added(x, gate, attention)
+    entering = normed(first, x, joined_at(block.attn1, "to_q"), shift, scale)
+    (x,) = attended(block.attn1, {"to_out": (x, gate)}, hidden_states=entering, attention_mask=attention_mask)
     if block.attn2 is not None:
         x = x + block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-    return added(x, gate_mlp, feed_forward(block.ff, normed(second, x, block.ff.net[0].proj, shift_mlp, scale_mlp)))
+    entering = normed(second, x, block.ff.net[0].proj, shift_mlp, scale_mlp)
+    return feed_forward(block.ff, entering, x, gate_mlp)
 
 
 BASIC = FusedBlock(

@@ -11,8 +11,8 @@ from ..shared_projections import joined_at
 from .block import FusedBlock
 from .passes import (
     FEED_FORWARD,
-    added,
     after_gelu,
+    attended,
     clipped,
     feed_forward,
     has_feed_forward,
@@ -46,18 +46,19 @@ def _double(
     text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = modulation(
         block.norm1_context, temb, 6
     )
-    attention, text_attention = block.attn(
+    x, text = attended(
+        block.attn,
+        {"to_out": (x, gate), "to_add_out": (text, text_gate)},
         hidden_states=normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale),
         encoder_hidden_states=normed(
             block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
         ),
         image_rotary_emb=image_rotary_emb,
     )
-    x = added(x, gate, attention)
-    x = added(x, gate_mlp, feed_forward(block.ff, normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)))
-    text = added(text, text_gate, text_attention)
+    entering = normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)
+    x = feed_forward(block.ff, entering, x, gate_mlp)
     entering = normed(block.norm2_context, text, block.ff_context.net[0].proj, text_shift_mlp, text_scale_mlp)
-    return clipped(added(text, text_gate_mlp, feed_forward(block.ff_context, entering))), x
+    return clipped(feed_forward(block.ff_context, entering, text, text_gate_mlp)), x
 
 
 FLUX_DOUBLE = FusedBlock(
@@ -93,7 +94,7 @@ def _single(
     entering = normed(block.norm.norm, x, layer, shift, scale)
     hidden = block.proj_mlp(entering)
     attention = block.attn(hidden_states=entering, image_rotary_emb=image_rotary_emb)
-    x = clipped(added(x, gate, after_gelu(block.proj_out, block.act_mlp, hidden, attention)))
+    x = clipped(after_gelu(block.proj_out, block.act_mlp, hidden, x, gate, before=attention))
     texts = encoder_hidden_states.shape[1]
     return x[:, :texts], x[:, texts:]
 

@@ -6,6 +6,7 @@ Each takes activations [B, T, K], and what modulates them as [B, K].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ...layer import ops
 from ...layer.linear import QuantLinear
 from ...layer.quantized_input import QuantizedInput
 from ...layer.shared_input import has_hooks, is_bare
+from ..shared_projections import ADDED, Added, adds, adds_at
 
 WIDEST_NORM = 16384  # channels that the kernels normalise at once
 
@@ -47,22 +49,34 @@ def has_norm(norm: nn.Module | None) -> bool:
     )
 
 
-def feed_forward(block: nn.Module, x: torch.Tensor | QuantizedInput) -> torch.Tensor:
-    """diffusers' ``FeedForward`` with GELU, which is quantized as it is computed."""
+def feed_forward(
+    block: nn.Module, x: torch.Tensor | QuantizedInput, residual: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """``residual + gate * y``, of diffusers' ``FeedForward`` with GELU, which is quantized as it is computed."""
     gelu = block.net[0]
-    return after_gelu(block.net[2], gelu, gelu.proj(x))
+    return after_gelu(block.net[2], gelu, gelu.proj(x), residual, gate)
 
 
-def after_gelu(layer: nn.Module, gelu: nn.Module, x: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-    """``layer`` of GELU of ``x``, in the form that ``gelu.approximate`` names, with the channels of ``before`` in front
-    of it.
+def after_gelu(
+    layer: nn.Module,
+    gelu: nn.Module,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual + gate * y``, of ``layer`` of GELU of ``x`` in the form that ``gelu.approximate`` names, with the
+    channels of ``before`` in front of it.
     """
-    if not takes_codes(layer):
-        hidden = F.gelu(x, approximate=gelu.approximate)
-        return layer(hidden if before is None else torch.cat([before, hidden], -1))
-    codes = ops.gelu_quantize(x, layer.input_amax, gelu.approximate, before)
-    channels = codes[0].shape[1]
-    return layer(QuantizedInput(*codes, torch.Size((*x.shape[:-1], channels)), x.dtype))
+    if takes_codes(layer):
+        codes = ops.gelu_quantize(x, layer.input_amax, gelu.approximate, before)
+        entering = QuantizedInput(*codes, torch.Size((*x.shape[:-1], codes[0].shape[1])), x.dtype)
+        if adds(layer, residual, gate, x.dtype):
+            return layer.added_to(residual, gate, entering)
+    else:
+        entering = F.gelu(x, approximate=gelu.approximate)
+        entering = entering if before is None else torch.cat([before, entering], -1)
+    return added(residual, gate, layer(entering))
 
 
 FEED_FORWARD = ("", ".net.0", ".net.1", ".net.3")  # whose own forwards feed_forward does not call
@@ -81,6 +95,21 @@ def modulation(norm: nn.Module, emb: torch.Tensor, parts: int) -> tuple[torch.Te
     layer = norm.linear
     loads_silu = is_bare(layer) and layer.scheme.activation.bits != 8 and not has_hooks(norm.silu)
     return (layer.of_silu(emb) if loads_silu else layer(norm.silu(emb))).chunk(parts, dim=1)
+
+
+def attended(attention: nn.Module, outputs: Added, **inputs: Any) -> tuple[torch.Tensor, ...]:
+    """``residual + gate * y`` of each of ``attention``'s outputs ``y``.
+
+    Args:
+        outputs: (residual, gate) by the name of the layer that an output comes from, in the outputs' order.
+        inputs: of the attention.
+    """
+    known = {name: pair for name, pair in outputs.items() if adds_at(attention, name, *pair)}
+    found = attention(**inputs, **({ADDED: known} if known else {}))
+    results = (found,) if isinstance(found, torch.Tensor) else found
+    return tuple(
+        y if name in known else added(*pair, y) for (name, pair), y in zip(outputs.items(), results, strict=False)
+    )
 
 
 def added(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

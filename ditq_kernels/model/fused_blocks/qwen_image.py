@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, clipped, feed_forward, has_feed_forward, has_norm, normed
+from .passes import FEED_FORWARD, attended, clipped, feed_forward, has_feed_forward, has_norm, normed
 
 _STREAMS = ("img", "txt")
 
@@ -37,7 +37,9 @@ def _forward(
     text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = block.txt_mod(temb).chunk(
         6, dim=-1
     )
-    attention, text_attention = block.attn(
+    x, text = attended(
+        block.attn,
+        {"to_out": (x, gate), "to_add_out": (text, text_gate)},
         hidden_states=normed(block.img_norm1, x, joined_at(block.attn, "to_q"), shift, scale),
         encoder_hidden_states=normed(
             block.txt_norm1, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
@@ -45,11 +47,10 @@ def _forward(
         encoder_hidden_states_mask=encoder_hidden_states_mask,
         image_rotary_emb=image_rotary_emb,
     )
-    x, text = added(x, gate, attention), added(text, text_gate, text_attention)
     entering = normed(block.img_norm2, x, block.img_mlp.net[0].proj, shift_mlp, scale_mlp)
-    x = added(x, gate_mlp, feed_forward(block.img_mlp, entering))
+    x = feed_forward(block.img_mlp, entering, x, gate_mlp)
     entering = normed(block.txt_norm2, text, block.txt_mlp.net[0].proj, text_shift_mlp, text_scale_mlp)
-    text = added(text, text_gate_mlp, feed_forward(block.txt_mlp, entering))
+    text = feed_forward(block.txt_mlp, entering, text, text_gate_mlp)
     return clipped(text), clipped(x)
 
 

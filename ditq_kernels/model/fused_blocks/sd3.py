@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, feed_forward, has_feed_forward, has_norm, modulation, normed
+from .passes import FEED_FORWARD, added, attended, feed_forward, has_feed_forward, has_norm, modulation, normed
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -39,25 +39,31 @@ def _forward(
         text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = modulation(
             block.norm1_context, temb, 6
         )
-    attention, text_attention = block.attn(
+    outputs = {"to_out": (x, gate)}
+    if not block.context_pre_only:
+        outputs["to_add_out"] = text, text_gate
+    second = None
+    if of_second:
+        second_shift, second_scale, second_gate = of_second
+        entering = normed(block.norm1.norm, x, joined_at(block.attn2, "to_q"), second_shift, second_scale)
+        second = block.attn2(hidden_states=entering)
+    x, *rest = attended(
+        block.attn,
+        outputs,
         hidden_states=normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale),
         encoder_hidden_states=normed(
             block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
         ),
     )
-    second = None
-    if of_second:
-        shift, scale, second_gate = of_second
-        second = block.attn2(hidden_states=normed(block.norm1.norm, x, joined_at(block.attn2, "to_q"), shift, scale))
-    x = added(x, gate, attention)
     if second is not None:
         x = added(x, second_gate, second)
-    x = added(x, gate_mlp, feed_forward(block.ff, normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)))
+    entering = normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)
+    x = feed_forward(block.ff, entering, x, gate_mlp)
     if block.context_pre_only:
         return None, x
-    text = added(text, text_gate, text_attention)
+    (text,) = rest
     entering = normed(block.norm2_context, text, block.ff_context.net[0].proj, text_shift_mlp, text_scale_mlp)
-    return added(text, text_gate_mlp, feed_forward(block.ff_context, entering)), x
+    return feed_forward(block.ff_context, entering, text, text_gate_mlp), x
 
 
 SD3 = FusedBlock(

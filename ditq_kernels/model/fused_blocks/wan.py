@@ -31,7 +31,7 @@ def _forward(
     entering = normed(block.norm2, x, query) if has_norm(block.norm2) else x
     x = x + block.attn2(entering, encoder_hidden_states, None, None)
     entering = normed(block.norm3, x, block.ffn.net[0].proj, shift_mlp, scale_mlp)
-    return added(x, gate_mlp, feed_forward(block.ffn, entering))
+    return feed_forward(block.ffn, entering, x, gate_mlp)
 
 
 WAN = FusedBlock(
