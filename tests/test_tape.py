@@ -1,8 +1,10 @@
 """Calls repeated by what was recorded of them: right for other data, and nothing is repeated that is another call."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def recorded(monkeypatch):
 launches = []
 
 
-def kernel(name, source, target, head=(0, 0, 0, 7), stream=lambda: 7):
+def kernel(name, source, target, head=(0, 0, 0, 7), stream=lambda: 7, listeners=()):
     """Doubles one tensor into another, of which it is told, as a kernel is, where they begin and how they are laid out;
     and says what it was launched with.
     """
@@ -40,7 +42,7 @@ def kernel(name, source, target, head=(0, 0, 0, 7), stream=lambda: 7):
 
     arguments = source, target, source.shape, source.stride(), target.stride()
     run(*head, *arguments)
-    tape.note(tape.Launch(run, head, arguments, stream))
+    tape.note(tape.Launch(run, head, arguments, stream, listeners))
 
 
 def doubled(x, extra=None):
@@ -173,6 +175,142 @@ def test_a_result_that_is_part_of_what_was_made():
         assert torch.equal(tape.repeated(doubled, None, x, None), 2 * x)
 
 
+def test_a_result_whose_parts_are_written_one_by_one():
+    """As where a weight is decoded by stretches: outputs are columns, whatever shape the result has."""
+
+    def call(x):
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty(rows.shape)
+        kernel("first", rows[:, :4], y[:, :4])
+        kernel("second", rows[:, 4:], y[:, 4:])
+        torch.add(y[:, :4], 1, out=y[:, :4])
+        return y.view(x.shape)
+
+    for turn in range(5):
+        x = torch.randn(2, 3, 8)
+        found = tape.repeated(call, None, x)
+        assert torch.equal(found, torch.cat([2 * x[..., :4] + 1, 2 * x[..., 4:]], -1)) and found.shape == x.shape
+        assert (tape.again(call, None, x) is None) == (turn == 0)
+
+
+def test_arguments_that_begin_at_one_place():
+    def call(x, one, other):
+        y = torch.empty_like(x)
+        kernel("double", one, y)
+        z = torch.empty_like(x)
+        kernel("double", other, z)
+        return y - z
+
+    x, same = torch.randn(2, 4), torch.randn(2, 4)
+    for _ in range(3):
+        assert not tape.repeated(call, None, x, same, same).any()
+    for _ in range(3):
+        one, other = torch.randn(2, 4), torch.randn(2, 4)
+        assert torch.equal(tape.repeated(call, None, x, one, other), 2 * one - 2 * other)
+
+
+def test_nothing_of_the_recorded_call_is_held():
+    gone = []
+    for turn in range(3):
+        x, bias = torch.randn(3, 4), torch.randn(4)
+        for name, one in (("x", x), ("bias", bias)):
+            weakref.finalize(one, gone.append, name)
+        found = tape.repeated(call_with_descriptor, None, x, bias)
+        assert torch.equal(found, 2 * x + bias)
+        del x, bias, found, one
+        gc.collect()
+        assert gone.count("x") == gone.count("bias") == turn + 1
+
+
+class Descriptor:
+    def __init__(self, base):
+        self.base = base
+
+
+def call_with_descriptor(x, bias):
+    y = torch.empty_like(x)
+
+    def run(*arguments):
+        *_, described, target = arguments
+        torch.mul(described.base, 2, out=target)
+
+    head, arguments = (0, 0, 0, 7), (Descriptor(x), y)
+    run(*head, *arguments)
+    tape.note(tape.Launch(run, head, arguments, lambda: 7, ()))
+    return torch.add(y, bias) * 1
+
+
+def test_who_listens_hears_of_every_launch():
+    listeners = []
+
+    def call(x):
+        calls.append(x)
+        y, z = torch.empty_like(x), torch.empty_like(x)
+        kernel("first", x, y)
+        kernel("second", y, z, listeners=listeners)
+        return z
+
+    calls = []
+    for turn in range(6):
+        calls.clear()
+        listeners[:] = [print] if turn == 4 else []
+        x = torch.randn(2, 4)
+        assert torch.equal(tape.repeated(call, None, x), 4 * x)
+        assert bool(calls) == (turn in (0, 1, 4))
+
+
+def test_a_launch_that_cannot_be_repeated_now_may_be_later():
+    unknown, calls = [True], []
+
+    def call(x):
+        calls.append(x)
+        y = torch.empty_like(x)
+        kernel("double", x, y)
+        if unknown:
+            tape.note(None)
+        return y
+
+    for turn in range(6):
+        calls.clear()
+        if turn == 3:
+            unknown.clear()
+        tape.repeated(call, None, torch.randn(2, 4))
+        assert bool(calls) == (turn < 4)
+
+
+def test_recording_takes_no_more_memory(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        tape.torch, "empty", lambda *args, of=torch.empty, **kwargs: made.append(of(*args, **kwargs)) or made[-1]
+    )
+
+    def call(x):
+        y = torch.empty(1000, 4)
+        kernel("double", x, y)
+        return y
+
+    for _ in range(2):
+        tape.repeated(call, None, torch.randn(1000, 4))
+    assert [one.untyped_storage().nbytes() for one in made] == [16000, 16000, 4]
+
+
+def test_autocast_is_outside():
+    def call(x):
+        y = torch.empty(4, 4)
+        kernel("double", x, y)
+        return torch.mm(y, y)
+
+    def computed(x):
+        with torch.autocast("cpu", enabled=False):
+            return call(x)
+
+    for _ in range(4):
+        x = torch.randn(4, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tape.repeated(computed, None, x)
+        assert found.dtype == torch.float32 and torch.equal(found, torch.mm(2 * x, 2 * x))
+
+
 def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(tape, "MOST_KEPT", 3)
     for rows in range(1, 9):
@@ -197,10 +335,12 @@ from ditq_kernels import QuantLinear, use_backend
 from ditq_kernels.inspect import execution
 from ditq_kernels.inspect.bounds import GPUS
 from ditq_kernels.inspect.executor import driver
+from ditq_kernels.kernels import config, dispatch, expansion
 from ditq_kernels.kernels.config import shared_memory
 from ditq_kernels.kernels.device import Device, standing_in
 from ditq_kernels.layer import backend, ops, tape
 
+chosen = dispatch.chosen
 torch.manual_seed(0)
 played, play = [], tape.Tape.play
 tape.Tape.play = lambda self, *args: played.append(self) or play(self, *args)
@@ -259,6 +399,18 @@ with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch,
                     leaf = x.clone().requires_grad_()
                     layer(leaf).sum().backward()
                 assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+            # A layer of another width, whose stored parts are of the same shapes, says so.
+            narrow = QuantLinear.from_linear(nn.Linear(200, 96).bfloat16(), "w4a16_g128")
+            wide_one = QuantLinear.from_linear(nn.Linear(256, 96).bfloat16(), "w4a16_g128")
+            with use_backend("triton"):
+                for _ in range(3):
+                    wide_one(torch.randn(4, 256).bfloat16())
+                try:
+                    narrow(torch.randn(4, 256).bfloat16())
+                except ValueError:
+                    pass
+                else:
+                    raise AssertionError("not said")
             # An input that is not right is said to be.
             for wrong, error in ((torch.randn(4, 64).bfloat16(), ValueError), (torch.ones(4, 128).long(), TypeError)):
                 for _ in range(3):
@@ -268,6 +420,17 @@ with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch,
                     except error:
                         continue
                     raise AssertionError("not said")
+    # Weights that are decoded by stretches, in two dimensions and in three.
+    expansion.SCRATCH_BYTES, config.SCRATCH_BYTES = 128 * 128, 128 * 128
+    for scheme in ("w4a8_g128", "w4a16_g128"):
+        for bias in (True, False):
+            layer = QuantLinear.from_linear(nn.Linear(128, 384, bias=bias).bfloat16(), scheme)
+            expanded = [one for one in config.CONFIGS["expanded"] if one.block_m][-1]
+            dispatch.chosen = lambda *args, expanded=expanded: expanded
+            tape.forget()
+            repeats(layer, lambda: wide(2, 70, 128), "a8" in scheme)
+            repeats(layer, lambda: wide(140, 128), "a8" in scheme)
+    dispatch.chosen = chosen
     repeats(lambda x: ops.quantize_activation(x), lambda: wide(40, 160))
     repeats(lambda x: ops.gelu_quantize(x, None, "tanh")[1].isfinite(), lambda: wide(40, 160))
     norm = lambda x, shift, scale: ops.norm_modulate(x, shift, scale)

@@ -24,10 +24,10 @@ MOST_KEPT = 4096
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 
 
-def _is_heard(kernel: Any) -> bool:
-    """Whether somebody listens to launches."""
+def _is_heard() -> bool:
+    """Whether somebody listens to all launches."""
     runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def _key(
@@ -38,7 +38,7 @@ def _key(
     """
     if interpreting():
         return None
-    if _is_heard(kernel):
+    if _is_heard() or kernel.pre_run_hooks:
         return None
     active = driver.active
     key: list[Any] = [active.get_current_device(), id(active), id(kernel), id(constants), id(options)]
@@ -56,9 +56,9 @@ def _key(
     return None if addresses % ALIGNMENT else tuple(key)
 
 
-def _stream(device: int, active: Any, kernel: Any) -> int | None:
+def _stream(device: int, active: Any) -> int | None:
     """The current stream of ``device``, if that is the current device and nobody listens to launches; or None."""
-    if _is_heard(kernel) or driver.active is not active or active.get_current_device() != device:
+    if _is_heard() or driver.active is not active or active.get_current_device() != device:
         return None
     return active.get_current_stream(device)
 
@@ -93,5 +93,5 @@ def launch(
     head = *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata, *hooks
     compiled.run(*head, *arguments, *values)
     if tape.is_recording():
-        again = functools.partial(_stream, key[0], driver.active, kernel)
-        tape.note(tape.Launch(compiled.run, head, (*arguments, *values), again))
+        again = functools.partial(_stream, key[0], driver.active)
+        tape.note(tape.Launch(compiled.run, head, (*arguments, *values), again, kernel.pre_run_hooks))

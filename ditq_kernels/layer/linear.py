@@ -194,6 +194,7 @@ class QuantLinear(nn.Linear):
         if isinstance(x, QuantizedInput):
             self._check_width(x)
             return self._product_of_codes(x)
+        self._check_width(x)
         operands = self._operands()
         y = ops.product_again(x, *operands)
         if y is not None:

@@ -55,7 +55,10 @@ def repeated(function: Callable[..., Any], chosen: Any, *args: Any) -> Any:
     if type(found) is Tape:
         stream = found.stream()
         if stream is not None:
-            return found.play(tensors, stream)
+            if not torch._C._is_any_autocast_enabled():
+                return found.play(tensors, stream)
+            with torch.autocast(args[0].device.type, enabled=False):  # as where it was recorded
+                return found.play(tensors, stream)
     elif found is _SEEN:
         result, _tapes[kind] = _record(function, args, tensors)
         return result
@@ -69,7 +72,7 @@ def repeated(function: Callable[..., Any], chosen: Any, *args: Any) -> Any:
 def _kind(function: Callable[..., Any], chosen: Any, args: tuple) -> tuple[tuple[Any, ...] | None, list[torch.Tensor]]:
     """(equal for calls that launch the same, None for one that is not to be repeated; the tensors among ``args``)."""
     key: list[Any] = [function, chosen]
-    tensors = []
+    tensors, begin = [], []
     addresses = 0
     add, tensor = key.append, torch.Tensor
     for one in args:
@@ -79,9 +82,13 @@ def _kind(function: Callable[..., Any], chosen: Any, args: tuple) -> tuple[tuple
             add(one.dtype)
             add(one.device)
             tensors.append(one)
-            addresses |= one.data_ptr()
+            address = one.data_ptr()
+            addresses |= address
+            begin.append(address)
         else:
             add(one)
+    if len(set(begin)) < len(begin):  # what begins at one place is told apart by it
+        add(tuple([begin.index(one) for one in begin]))
     return (None if addresses % ALIGNMENT else tuple(key)), tensors
 
 
@@ -98,6 +105,7 @@ class Launch:
         arguments: in the kernel's order; tensors among them are replaced, and descriptors of tensors, whose ``base``
             is one, made anew.
         stream: the stream that is current, if a launch may be repeated now; or None.
+        listeners: to launches of this kernel; where there are some, they are to hear of it.
     """
 
     STREAM = 3
@@ -108,8 +116,10 @@ class Launch:
         head: tuple[Any, ...],
         arguments: tuple[Any, ...],
         stream: Callable[[], int | None],
+        listeners: list[Any],
     ) -> None:
         self.run, self.head, self.arguments, self.stream = run, head, arguments, stream
+        self.listeners = listeners
 
 
 def is_recording() -> bool:
@@ -137,8 +147,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _record(function: Callable[..., Any], args: tuple, given: list[torch.Tensor]) -> tuple[Any, Tape | None]:
-    """(the result of a call, its tape if it can be repeated)."""
+def _record(function: Callable[..., Any], args: tuple, given: list[torch.Tensor]) -> tuple[Any, Any]:
+    """(the result of a call; its tape if it can be repeated, _SEEN if perhaps another time, or None)."""
     recorder = _Recorder()
     token = _recorder.set(recorder)
     try:
@@ -147,9 +157,9 @@ def _record(function: Callable[..., Any], args: tuple, given: list[torch.Tensor]
     finally:
         _recorder.reset(token)
     launches = [what for what, *_ in recorder.steps if not isinstance(what, torch._ops.OpOverload)]
-    if not launches or None in launches:
-        return result, None
-    return result, Tape.of(given, recorder.steps, result)
+    if None in launches:  # perhaps for now only: somebody listens
+        return result, _SEEN
+    return result, Tape.of(given, recorder.steps, result) if launches else None
 
 
 Places = list[torch.Tensor]  # that are given, then those for which room is made, then those that operations give
@@ -157,20 +167,22 @@ Step = Callable[[Places, int], None]
 
 
 class Tape:
-    """What a call does to tensors in their places.
-
-    Attributes:
-        stream: as of :class:`Launch`.
-    """
+    """What a call does to tensors in their places."""
 
     def __init__(
         self,
         rooms: list[Callable[[], torch.Tensor]],
         steps: list[Step],
         result: int | tuple[int, ...],
-        stream: Callable[[], int | None],
+        launches: list[Launch],
     ) -> None:
-        self._rooms, self._steps, self._result, self.stream = rooms, steps, result, stream
+        self._rooms, self._steps, self._result = rooms, steps, result
+        self._stream = launches[0].stream
+        self._listeners = list({id(one.listeners): one.listeners for one in launches}.values())
+
+    def stream(self) -> int | None:
+        """As of :class:`Launch`; None if somebody listens to one of the kernels."""
+        return None if any(self._listeners) else self._stream()
 
     def play(self, given: list[torch.Tensor], stream: int) -> Any:
         """Do it again, with ``given`` tensors of the same kind; what the call returned."""
@@ -187,15 +199,15 @@ class Tape:
         place = {id(one): number for number, one in reversed(list(enumerate([*given, *rooms])))}
         results = [result] if isinstance(result, torch.Tensor) else list(result)
         instead: dict[int, torch.Tensor] = {}  # of a room, the view of all of it that is returned
-        read = {id(one) for what, args, kwargs, _ in steps if not _is_view(what) for one in (*args, *kwargs.values())}
+        # Kernels are given addresses, and need not be told of views that begin where their tensor does.
+        at = {one.data_ptr(): number for number, one in reversed(list(enumerate([*given, *rooms])))}
+        read = _needed(steps, place, at, [])
         for one in results:
             for room in rooms:
                 whole = one.is_contiguous() and room.is_contiguous() and one.numel() == room.numel()
                 if one is not room and whole and one.data_ptr() == room.data_ptr() and id(room) not in read:
                     instead[id(room)] = one
                     place[id(one)] = place[id(room)]
-        # Kernels are given addresses, and need not be told of views that begin where their tensor does.
-        at = {one.data_ptr(): number for number, one in reversed(list(enumerate([*given, *rooms])))}
         made: list[Step] = []
         needed = _needed(steps, place, at, results)
         for what, args, kwargs, gave in steps:
@@ -211,12 +223,11 @@ class Tape:
         if any(id(one) not in place for one in results):
             return None
         numbers = tuple(place[id(one)] for one in results)
-        streams = [what.stream for what, *_ in steps if isinstance(what, Launch)]
         return cls(
             [_room(instead.get(id(one), one)) for one in rooms],
             made,
             numbers[0] if isinstance(result, torch.Tensor) else numbers,
-            streams[0],
+            [what for what, *_ in steps if isinstance(what, Launch)],
         )
 
 
@@ -229,16 +240,18 @@ def _is_view(what: Any) -> bool:
 
 
 def _room(like: torch.Tensor) -> Callable[[], torch.Tensor]:
-    # Of all ways to make room, the one that takes the host least; what it is made like has no memory of its own.
-    model = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    model.untyped_storage().resize_(0)
-    return functools.partial(torch.empty_like, model)
+    # Of all ways to make room, the one that takes the host least; what it is made like has next to no memory.
+    if not like.is_contiguous():
+        kind = dict(dtype=like.dtype, device=like.device)
+        return functools.partial(torch.empty_strided, like.shape, like.stride(), **kind)
+    model = torch.empty((1,) * like.dim(), dtype=like.dtype, device=like.device).expand(like.shape)
+    return functools.partial(torch.empty_like, model, memory_format=torch.contiguous_format)
 
 
 def _needed(
     steps: list[tuple[Any, tuple, dict, Any]], place: dict[int, int], at: dict[int, int], results: list[torch.Tensor]
 ) -> set[int]:
-    """Identities of the views that something reads as they are."""
+    """Identities of what is read as it is: by operations, by kernels that begin elsewhere in it, or as a result."""
     needed = {id(one) for one in results if id(one) not in place}
     for what, args, kwargs, gave in reversed(steps):
         if isinstance(what, Launch):
@@ -264,7 +277,7 @@ def _launch(launch: Launch, place: dict[int, int], at: dict[int, int]) -> Step |
         if base is one:
             tensors.append((number, found))
         else:
-            descriptors.append((number, found, type(one), dict(vars(one))))
+            descriptors.append((number, found, type(one), {**vars(one), "base": None}))
     run = launch.run
 
     def step(places: Places, stream: int) -> None:
@@ -292,6 +305,8 @@ def _operation(what: Any, args: tuple, kwargs: dict, gave: Any, place: dict[int,
     }
     if -1 in reads.values() or not (gave is None or isinstance(gave, torch.Tensor)):
         return None
+    args = tuple(None if name in reads else one for name, one in enumerate(args))
+    kwargs = {name: None if name in reads else one for name, one in kwargs.items()}
     keeps = isinstance(gave, torch.Tensor) and id(gave) not in place
     if keeps:
         place[id(gave)] = 1 + max(place.values())

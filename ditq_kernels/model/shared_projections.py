@@ -124,7 +124,10 @@ def _sharing(original: Forward) -> Forward:
         shared = _shared_by(self)
         if not shared or not _is_of_diffusers(self.processor):
             return original(self, *args, **kwargs)
-        return original(_Projections(self, shared, added), *args, **kwargs)
+        seen = _Projections(self, shared, added)
+        found = original(seen, *args, **kwargs)
+        # What the processor makes of the one output, a division by 1, is not waited for: a compiler drops it then.
+        return seen.output if added and isinstance(found, torch.Tensor) else found
 
     return forward
 
@@ -139,22 +142,22 @@ class _Projections:
         for name, pair in added.items():
             layer = getattr(attention, name)
             if name == "to_out":
-                self.to_out = functools.partial(layer[0].added_to, *pair), _as_it_is
+                self.to_out = functools.partial(layer[0].added_to, *pair), self._keep
             else:
                 setattr(self, name, functools.partial(layer.added_to, *pair))
-        if added and not torch.compiler.is_compiling():  # a compiler drops divisions by 1
+        if added and not torch.compiler.is_compiling():
             self.rescale_output_factor = _One()
         for one in shared:
             outputs = _Outputs(one)
             for place, name in enumerate(one.names):
                 setattr(self, name, functools.partial(outputs, place))
 
+    def _keep(self, output: torch.Tensor) -> torch.Tensor:
+        self.output = output
+        return output
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
-
-
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 class _One:
