@@ -265,8 +265,8 @@ BLOCKS = {
         ("DiT", "w8a8", 46, 21),
         ("DiT", "w4a8_g32", 46, 21),
         ("DiT", "w4a16_g32", 40, 23),
-        ("FLUX", "w8a8", 90, 58),
-        ("FLUX single", "w8a8", 38, 25),
+        ("FLUX", "w8a8", 90, 54),
+        ("FLUX single", "w8a8", 38, 24),
     ],
 )
 def test_a_block_launches_less(name, scheme, unfused, fused):

@@ -74,7 +74,15 @@ def test_the_third_call_repeats_the_second():
         for one, other in zip(tape.repeated(twice_doubled, None, x, bias, 1), expected(x, bias), strict=True):
             assert torch.equal(one, other) and one.shape == other.shape
         assert [name for name, _ in launches] == ["first", "second"]
-        found = tape.again(twice_doubled, None, x, bias, 1)
+        found = tape.again(
+            twice_doubled,
+            None,
+            (
+                x,
+                bias,
+                1,
+            ),
+        )
         assert (found is None) == (turn == 0)
     assert sum(type(one) is tape.Tape for one in tape._tapes.values()) == 1
 
@@ -190,7 +198,7 @@ def test_a_result_whose_parts_are_written_one_by_one():
         x = torch.randn(2, 3, 8)
         found = tape.repeated(call, None, x)
         assert torch.equal(found, torch.cat([2 * x[..., :4] + 1, 2 * x[..., 4:]], -1)) and found.shape == x.shape
-        assert (tape.again(call, None, x) is None) == (turn == 0)
+        assert (tape.again(call, None, (x,)) is None) == (turn == 0)
 
 
 def test_arguments_that_begin_at_one_place():

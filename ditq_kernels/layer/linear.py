@@ -195,8 +195,8 @@ class QuantLinear(nn.Linear):
             self._check_width(x)
             return self._product_of_codes(x)
         self._check_width(x)
-        operands = self._operands()
-        y = ops.product_again(x, *operands)
+        operands = self._operands(x)
+        y = ops.product_again(operands)
         if y is not None:
             return y
         self._check(x)
@@ -204,13 +204,13 @@ class QuantLinear(nn.Linear):
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return ops.product(x, *operands)
+        return ops.product(x, *operands[1:])
 
-    def _operands(self) -> tuple:
-        """What :func:`ops.product` takes behind its input."""
+    def _operands(self, x: torch.Tensor) -> tuple:
+        """What :func:`ops.product` takes."""
         stored, scheme = self._stored, self.scheme
         weight = stored("qweight"), *self._of_groups()
-        return stored("bias"), stored("input_amax"), *weight, scheme.weight.name, scheme.activation.bits == 8
+        return x, stored("bias"), stored("input_amax"), *weight, scheme.weight.name, scheme.activation.bits == 8
 
     def _check(self, x: torch.Tensor) -> None:
         self._check_width(x)

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _get_tracing_state, _is_torch_function_mode_enabled, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from . import contracts
 from .backend import asked_backend, backend_of
@@ -16,18 +20,20 @@ from .operands import check_bias, checked_weight, one_number, side_by_side
 from .quantized_input import QuantizedInput
 from .tape import again, repeated
 
+_PLAIN = torch.Tensor, nn.Parameter
+
 
 def _is_seen(x: torch.Tensor) -> bool:
     """Whether something wants to see which ops are called: a compiler, a mode, a transform or a profiler of PyTorch."""
     return (
-        torch.compiler.is_compiling()
-        or type(x) not in (torch.Tensor, nn.Parameter)
+        is_compiling()
+        or type(x) not in _PLAIN
         or x.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _len_torch_dispatch_stack() > 0
+        or _is_torch_function_mode_enabled()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
@@ -141,11 +147,11 @@ def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_
     return _product(*arguments)  # half the Python of a Function that nobody differentiates
 
 
-def product_again(x, *operands):
+def product_again(operands: tuple) -> torch.Tensor | None:
     """:func:`product`, before anything is checked, where a call of the kind was recorded; None where not."""
-    if _is_seen(x) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    if _is_seen(operands[0]) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         return None
-    return again(_computed, asked_backend(), x, *operands)
+    return again(_computed, asked_backend(), operands)
 
 
 def product_of_codes(

@@ -27,7 +27,7 @@ _recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("di
 _tapes: dict[tuple[Any, ...], Any] = {}
 
 
-def again(function: Callable[..., Any], chosen: Any, *args: Any) -> Any:
+def again(function: Callable[..., Any], chosen: Any, args: tuple) -> Any:
     """What :func:`repeated` returns where a call was recorded; None where not."""
     if args[0].device.type not in DEVICES:
         return None
@@ -241,11 +241,11 @@ def _is_view(what: Any) -> bool:
 
 def _room(like: torch.Tensor) -> Callable[[], torch.Tensor]:
     # Of all ways to make room, the one that takes the host least; what it is made like has next to no memory.
-    if not like.is_contiguous():
-        kind = dict(dtype=like.dtype, device=like.device)
-        return functools.partial(torch.empty_strided, like.shape, like.stride(), **kind)
     model = torch.empty((1,) * like.dim(), dtype=like.dtype, device=like.device).expand(like.shape)
-    return functools.partial(torch.empty_like, model, memory_format=torch.contiguous_format)
+    if torch.empty_like(model, device="meta").stride() == like.stride():
+        return functools.partial(torch.empty_like, model)
+    kind = dict(dtype=like.dtype, device=like.device)
+    return functools.partial(torch.empty_strided, like.shape, like.stride(), **kind)
 
 
 def _needed(
