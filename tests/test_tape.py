@@ -331,7 +331,7 @@ def test_nothing_is_recorded_elsewhere(monkeypatch):
     monkeypatch.setattr(tape, "DEVICES", {"cuda"})
     for _ in range(3):
         tape.repeated(doubled, None, torch.randn(2, 4), None)
-    assert not tape._tapes and tape.again(doubled, None, torch.randn(2, 4), None) is None
+    assert not tape._tapes and tape.again(doubled, None, (torch.randn(2, 4), None)) is None
 
 
 # Kernels are compiled to PTX, which the executor runs in place of a GPU: a process of its own, without the interpreter.
