@@ -12,7 +12,7 @@ from .layer.ops import quantize_activation
 if TYPE_CHECKING:
     from .checkpoint.store import CheckpointError, load, save
     from .model.calibration import Calibration, calibrate
-    from .model.pipelines import PipelinePlan, fuse, plan, quantize, unfuse
+    from .model.pipelines import PipelinePlan, fuse, graph, plan, quantize, unfuse, ungraph
     from .model.plan_entry import PlanEntry
     from .model.planning import Plan
     from .model.saturation import Saturation, SaturationWarning, saturation
@@ -34,6 +34,7 @@ __all__ = [
     "UnsupportedError",
     "calibrate",
     "fuse",
+    "graph",
     "load",
     "plan",
     "quantize",
@@ -42,6 +43,7 @@ __all__ = [
     "save",
     "smooth",
     "unfuse",
+    "ungraph",
     "use_backend",
 ]
 
@@ -49,7 +51,7 @@ __all__ = [
 _IMPORTED_FROM = {
     **dict.fromkeys(("CheckpointError", "load", "save"), ".checkpoint.store"),
     **dict.fromkeys(("Calibration", "calibrate"), ".model.calibration"),
-    **dict.fromkeys(("PipelinePlan", "fuse", "plan", "quantize", "unfuse"), ".model.pipelines"),
+    **dict.fromkeys(("PipelinePlan", "fuse", "graph", "plan", "quantize", "unfuse", "ungraph"), ".model.pipelines"),
     "PlanEntry": ".model.plan_entry",
     "Plan": ".model.planning",
     **dict.fromkeys(("Saturation", "SaturationWarning", "saturation"), ".model.saturation"),

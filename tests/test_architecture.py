@@ -62,7 +62,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("observation",),
         ("chosen_steps",),
         ("calibration", "plan_table"),
-        ("planning", "smoothing", "fusion"),
+        ("planning", "smoothing", "fusion", "cuda_graphs"),
         ("conversion",),
         ("pipelines", "saturation"),
     ),

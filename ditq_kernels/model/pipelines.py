@@ -1,5 +1,5 @@
 """Whole pipelines: what of them is quantized, their plans, and quantizing them. Also what ``ditq.plan``,
-``ditq.quantize`` and ``ditq.fuse`` are, which take a model as well.
+``ditq.quantize``, ``ditq.fuse`` and ``ditq.graph`` are, which take a model as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..layer.formats import Scheme
-from . import conversion, fusion, planning
+from . import conversion, cuda_graphs, fusion, planning
 from .calibration import Calibration
 from .planning import Plan
 
@@ -201,6 +201,42 @@ def unfuse(model: Any) -> Any:
     for part in _parts(model):
         fusion.unfuse(part)
     return model
+
+
+def graph(model: Any) -> Any:
+    """Let ``model``, a transformer or the denoisers of a pipeline, replay CUDA graphs, in place; returns it.
+
+    A call is captured once for each kind of inputs (shapes, dtypes, and the values of what are no tensors), after a few
+    that warm up, and replayed from then on: for steps that take the host longer than the GPU. The last four graphs are
+    kept, each with its own memory. Results are copies. What cannot be replayed is called as it is: inputs on a CPU,
+    wanted gradients, autocast, models within which hooks hang (offloading, caches). Parameters that are replaced or
+    moved are noticed, and the graph is captured again; hooks of the model itself are called. Not together with
+    ``torch.compile``, which has graphs of its own (``mode="reduce-overhead"``). :func:`ungraph` undoes it.
+
+    Raises:
+        TypeError: if ``model`` is neither.
+    """
+    for part in _denoisers(model):
+        cuda_graphs.graph(part)
+    return model
+
+
+def ungraph(model: Any) -> Any:
+    """Undo :func:`graph`, in place; returns ``model``.
+
+    Raises:
+        TypeError: if ``model`` is neither a model nor a pipeline.
+    """
+    for part in _denoisers(model):
+        cuda_graphs.ungraph(part)
+    return model
+
+
+def _denoisers(model: Any) -> list[nn.Module]:
+    if not is_pipeline(model):
+        return _parts(model)
+    parts = model.components.items()
+    return [part for name, part in parts if isinstance(part, nn.Module) and is_denoiser(name)]
 
 
 def _parts(model: Any) -> list[nn.Module]:
