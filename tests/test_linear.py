@@ -86,6 +86,18 @@ def test_state_dict_round_trip(scheme):
     assert torch.equal(layer(x), other(x))
 
 
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,)])
+def test_a_result_may_be_changed_in_place(shape):
+    layer = QuantLinear.from_linear(nn.Linear(64, 8), "w8a8")
+    x = torch.randn(*shape, requires_grad=True)
+    y = layer(x)
+    y += 1
+    y.mul_(2)
+    y.sum().backward()
+    expected = torch.autograd.grad(2 * layer(x).sum(), x)[0]
+    assert y.shape == (*shape[:-1], 8) and torch.allclose(x.grad, expected)
+
+
 def test_what_it_says_of_itself():
     for bias in (True, False):
         said = repr(QuantLinear.from_linear(nn.Linear(64, 8, bias=bias), "w8a8"))

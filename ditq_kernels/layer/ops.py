@@ -49,7 +49,7 @@ def _computed(x, bias, amax, qweight, scale, group_code, weight_format, quantize
     """What the ops of :func:`_product` do, without PyTorch's dispatcher, and checked once for both."""
     rows = _rows(x)
     y = _computed_rows(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
-    return y.view(*x.shape[:-1], qweight.shape[0])
+    return _shaped(y, x)
 
 
 def _computed_rows(rows, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
@@ -70,6 +70,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _shaped(y: torch.Tensor, x: Any) -> torch.Tensor:
+    """The product ``y`` [M, N] of :func:`_rows` of ``x`` [..., K], as [..., N]."""
+    return y if len(x.shape) == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
 def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input):
     if not _is_seen(x):
         return repeated(
@@ -81,11 +86,13 @@ def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes
         y = torch.ops.ditq.linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, x.dtype)
     else:
         y = torch.ops.ditq.linear_a16(rows, qweight, scale, group_code, bias, weight_format)
-    return y.view(*x.shape[:-1], qweight.shape[0])
+    return _shaped(y, x)
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """``y = x W^T + b`` on a packed weight; the gradient passes straight through the activation's rounding."""
+    """``y = x W^T + b`` of ``x`` [M, K] on a packed weight; the gradient passes straight through the activation's
+    rounding. The result is no view: callers may change it in place.
+    """
 
     forward = staticmethod(_product)
 
@@ -93,19 +100,17 @@ class _QuantizedLinear(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, bias, _, qweight, scale, group_code, weight_format, _ = inputs
         ctx.save_for_backward(qweight, scale, group_code)
-        ctx.weight_format, ctx.input_shape = weight_format, x.shape
+        ctx.weight_format, ctx.in_features = weight_format, x.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad):
         qweight, scale, group_code = ctx.saved_tensors
-        rows = _rows(grad)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.ditq.grad_input(rows, qweight, scale, group_code, ctx.weight_format, ctx.input_shape[-1])
-            grad_x = grad_x.view(ctx.input_shape)
+            grad_x = torch.ops.ditq.grad_input(grad, qweight, scale, group_code, ctx.weight_format, ctx.in_features)
         if ctx.needs_input_grad[1]:
-            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None, None
 
 
@@ -143,7 +148,7 @@ def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _QuantizedLinear.apply(*arguments)
+        return _shaped(_QuantizedLinear.apply(_rows(x), *arguments[1:]), x)
     return _product(*arguments)  # half the Python of a Function that nobody differentiates
 
 
@@ -177,8 +182,7 @@ def product_of_codes(
     """
     operands = qweight, scale, group_code, bias, weight_format, x.dtype
     added = () if residual is None and gate is None else (None if residual is None else _rows(residual), gate)
-    y = _call("linear_a8", x.codes, x.scale, *operands, *added)
-    return y.view(*x.shape[:-1], qweight.shape[0])
+    return _shaped(_call("linear_a8", x.codes, x.scale, *operands, *added), x)
 
 
 def product_of_silu(
@@ -196,8 +200,7 @@ def product_of_silu(
     Raises:
         ValueError: if the parts of the weight do not fit each other or the input, or are not contiguous.
     """
-    y = _call("linear_a16", _rows(x), qweight, scale, group_code, bias, weight_format, True)
-    return y.view(*x.shape[:-1], qweight.shape[0])
+    return _shaped(_call("linear_a16", _rows(x), qweight, scale, group_code, bias, weight_format, True), x)
 
 
 def quantize_activation(x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
