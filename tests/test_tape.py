@@ -439,6 +439,11 @@ with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch,
             repeats(layer, lambda: wide(2, 70, 128), "a8" in scheme)
             repeats(layer, lambda: wide(140, 128), "a8" in scheme)
     dispatch.chosen = chosen
+    for scheme in ("w8a8", "w4a8_g128"):  # added to a residual, times a gate that is part of a modulation
+        layer = QuantLinear.from_linear(nn.Linear(128, 96).bfloat16(), scheme)
+        tape.forget()
+        added = lambda x, residual, wider: layer.added_to(residual, wider[:, 96:192], x)
+        repeats(added, lambda: (*wide(2, 35, 128), *wide(2, 35, 96), *wide(2, 288)))
     repeats(lambda x: ops.quantize_activation(x), lambda: wide(40, 160))
     repeats(lambda x: ops.gelu_quantize(x, None, "tanh")[1].isfinite(), lambda: wide(40, 160))
     norm = lambda x, shift, scale: ops.norm_modulate(x, shift, scale)
