@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from ..layer.linear import QuantLinear
 from ..layer.quantized_input import QuantizedInput
 from ..layer.shared_input import SharedInput, has_hooks, is_bare
-from .substituted_class import Forward, restore, substitute
+from .substituted_class import Forward, class_before, restore, substitute
 
 # Layers that attention feeds the same input.
 SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
@@ -24,6 +26,7 @@ HANDING_ON = (
 )
 ADDED = "ditq_added"  # an argument of attentions that share: Added, of layers that adds_at is true of
 Added = dict[str, tuple[torch.Tensor, torch.Tensor]]  # (residual, gate), by the name of a layer
+_CODE = "_ditq_code"  # where an attention keeps a _Code
 _SHARED = "_ditq_shared"  # where an attention keeps its layers that share an input
 
 
@@ -42,6 +45,7 @@ def share(attention: nn.Module) -> None:
     if shared:
         vars(attention)[_SHARED] = shared
         substitute(attention, _sharing)
+        _is_known(attention)  # asked now, it need not be when it is compiled
 
 
 def shares(module: nn.Module) -> bool:
@@ -53,13 +57,51 @@ def part(attention: nn.Module) -> None:
     """Undo :func:`share`."""
     for one in vars(attention).pop(_SHARED):
         one.part()
+    vars(attention).pop(_CODE, None)
     restore(attention)
 
 
 def hands_on(attention: nn.Module) -> bool:
     """Whether an input of ``attention`` is seen by its layers alone, so that it may be quantized already."""
-    processor = attention.processor
-    return _is_of_diffusers(processor) and type(processor).__name__ in HANDING_ON and not has_hooks(attention)
+    return not has_hooks(attention) and not getattr(attention, "residual_connection", False) and _is_known(attention)
+
+
+class _Code:
+    """What was found out of functions: whether an attention runs those of diffusers that hand inputs on."""
+
+    def __init__(self, functions: tuple[Any, ...] = (), hands_on: bool = False) -> None:
+        self.functions, self.hands_on = functions, hands_on
+
+    def __reduce__(self) -> tuple:
+        return _Code, ()  # somebody may have put others into the classes when it is read again
+
+
+def _is_known(attention: nn.Module) -> bool:
+    """Whether the code that ``attention`` runs is diffusers' own, and hands inputs on: nobody has put another into the
+    class of the attention or of its processor.
+    """
+    kind = type(attention.processor)
+    forward, call = class_before(type(attention)).forward, kind.__call__
+    known = attention.__dict__.get(_CODE)
+    if known is not None and len(known.functions) == 2 and known.functions[0] is forward and known.functions[1] is call:
+        return known.hands_on
+    if torch.compiler.is_compiling():  # which cannot see where code is from
+        return False
+    hands_on = kind.__name__ in HANDING_ON and all(map(_is_written_in_diffusers, (forward, call)))
+    vars(attention)[_CODE] = _Code((forward, call), hands_on)
+    return hands_on
+
+
+def _is_written_in_diffusers(function: Any) -> bool:
+    diffusers, code = sys.modules.get("diffusers"), getattr(function, "__code__", None)
+    if diffusers is None or code is None:
+        return False
+    return code.co_filename.startswith(os.path.dirname(diffusers.__file__))
+
+
+def does_nothing(dropout: nn.Module) -> bool:
+    """Whether ``dropout`` gives what it is given."""
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and not has_hooks(dropout)
 
 
 def joined_at(attention: nn.Module, name: str) -> QuantLinear | None:
@@ -90,14 +132,12 @@ def adds_at(attention: nn.Module, name: str, residual: torch.Tensor, gate: torch
     """Whether :func:`adds` is true of the layer ``name`` that an output of ``attention`` comes from, and nothing
     happens to the output behind it.
     """
-    if not hands_on(attention) or not _shared_by(attention) or getattr(attention, "residual_connection", False):
-        return False
-    if getattr(attention, "rescale_output_factor", 1) != 1:
+    if not hands_on(attention) or not _shared_by(attention) or getattr(attention, "rescale_output_factor", 1) != 1:
         return False
     layer = getattr(attention, name, None)
     if name == "to_out":
         layer, dropout = layer if len(layer) == 2 else (None, None)
-        if not isinstance(dropout, nn.Dropout) or has_hooks(dropout):
+        if dropout is None or not does_nothing(dropout):
             return False
     return layer is not None and adds(layer, residual, gate, residual.dtype)
 
@@ -127,7 +167,7 @@ def _sharing(original: Forward) -> Forward:
         seen = _Projections(self, shared, added)
         found = original(seen, *args, **kwargs)
         # What the processor makes of the one output, a division by 1, is not waited for: a compiler drops it then.
-        return seen.output if added and isinstance(found, torch.Tensor) else found
+        return seen.kept.output if added and isinstance(found, torch.Tensor) else found
 
     return forward
 
@@ -138,11 +178,11 @@ class _Projections:
     """
 
     def __init__(self, attention: nn.Module, shared: tuple[SharedInput, ...], added: Added) -> None:
-        self._attention = attention
+        self._attention, self.kept = attention, _Kept()
         for name, pair in added.items():
             layer = getattr(attention, name)
             if name == "to_out":
-                self.to_out = functools.partial(layer[0].added_to, *pair), self._keep
+                self.to_out = functools.partial(layer[0].added_to, *pair), self.kept
             else:
                 setattr(self, name, functools.partial(layer.added_to, *pair))
         if added and not torch.compiler.is_compiling():
@@ -152,12 +192,18 @@ class _Projections:
             for place, name in enumerate(one.names):
                 setattr(self, name, functools.partial(outputs, place))
 
-    def _keep(self, output: torch.Tensor) -> torch.Tensor:
-        self.output = output
-        return output
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
+
+
+class _Kept:
+    """In the place of a dropout that does nothing: keeps what it is given."""
+
+    output: torch.Tensor | None = None
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        self.output = output
+        return output
 
 
 class _One:

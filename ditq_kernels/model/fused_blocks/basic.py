@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, attended, feed_forward, has_feed_forward, has_norm, modulation, normed
+from .passes import FEED_FORWARD, attended, feed_forward, fits, has_feed_forward, has_norm, modulation, normed
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -43,6 +43,8 @@ def _forward(
         parts = (block.scale_shift_table + timestep.reshape(len(x), 6, -1)).unbind(1)
         first, second = block.norm1, block.norm2
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
+    if not fits(shift, x):
+        return None
     entering = normed(first, x, joined_at(block.attn1, "to_q"), shift, scale)
     (x,) = attended(block.attn1, {"to_out": (x, gate)}, hidden_states=entering, attention_mask=attention_mask)
     if block.attn2 is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...layer.shared_input import has_hooks
+from ..shared_projections import does_nothing
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,17 @@ class FusedBlock:
             torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
             or block.training
-            or any(has_hooks(module) for module in self.modules_skipped(block))
+            or any(has_hooks(module) or _drops(module) for module in self.modules_skipped(block))
         )
 
     def modules_skipped(self, block: nn.Module) -> Sequence[nn.Module]:
         """Those of ``skipped`` that ``block`` has."""
         modules = (_submodule(block, name) for name in self.skipped)
         return [module for module in modules if module is not None]
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and not does_nothing(module)
 
 
 def _submodule(block: nn.Module, name: str) -> nn.Module | None:

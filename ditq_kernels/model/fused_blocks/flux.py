@@ -15,6 +15,7 @@ from .passes import (
     attended,
     clipped,
     feed_forward,
+    fits,
     has_feed_forward,
     has_norm,
     modulation,
@@ -39,7 +40,7 @@ def _double(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs or temb.dtype != hidden_states.dtype:
+    if joint_attention_kwargs or temb.dtype != hidden_states.dtype or not fits(temb, hidden_states):
         return None
     x, text = hidden_states, encoder_hidden_states
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(block.norm1, temb, 6)
@@ -86,7 +87,7 @@ def _single(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs or temb.dtype != hidden_states.dtype:
+    if joint_attention_kwargs or temb.dtype != hidden_states.dtype or not fits(temb, hidden_states):
         return None
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = modulation(block.norm, temb, 3)

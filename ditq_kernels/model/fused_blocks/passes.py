@@ -68,7 +68,7 @@ def after_gelu(
     """``residual + gate * y``, of ``layer`` of GELU of ``x`` in the form that ``gelu.approximate`` names, with the
     channels of ``before`` in front of it.
     """
-    if takes_codes(layer):
+    if takes_codes(layer) and (before is None or before.dtype == x.dtype):
         codes = ops.gelu_quantize(x, layer.input_amax, gelu.approximate, before)
         entering = QuantizedInput(*codes, torch.Size((*x.shape[:-1], codes[0].shape[1])), x.dtype)
         if adds(layer, residual, gate, x.dtype):
@@ -95,6 +95,11 @@ def modulation(norm: nn.Module, emb: torch.Tensor, parts: int) -> tuple[torch.Te
     layer = norm.linear
     loads_silu = is_bare(layer) and layer.scheme.activation.bits != 8 and not has_hooks(norm.silu)
     return (layer.of_silu(emb) if loads_silu else layer(norm.silu(emb))).chunk(parts, dim=1)
+
+
+def fits(part: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether what modulates ``x`` has a row for each of its samples, or one for all."""
+    return len(part) in (1, len(x))
 
 
 def attended(attention: nn.Module, outputs: Added, **inputs: Any) -> tuple[torch.Tensor, ...]:

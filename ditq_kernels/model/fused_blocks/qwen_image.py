@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, attended, clipped, feed_forward, has_feed_forward, has_norm, normed
+from .passes import FEED_FORWARD, attended, clipped, feed_forward, fits, has_feed_forward, has_norm, normed
 
 _STREAMS = ("img", "txt")
 
@@ -30,7 +30,12 @@ def _forward(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs or modulate_index is not None or temb.dtype != hidden_states.dtype:
+    if (
+        joint_attention_kwargs
+        or modulate_index is not None
+        or temb.dtype != hidden_states.dtype
+        or not fits(temb, hidden_states)
+    ):
         return None
     x, text = hidden_states, encoder_hidden_states
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.img_mod(temb).chunk(6, dim=-1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, attended, feed_forward, has_feed_forward, has_norm, modulation, normed
+from .passes import FEED_FORWARD, added, attended, feed_forward, fits, has_feed_forward, has_norm, modulation, normed
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -28,7 +28,12 @@ def _forward(
     temb: torch.Tensor,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-    if joint_attention_kwargs or block._chunk_size is not None or temb.dtype != hidden_states.dtype:
+    if (
+        joint_attention_kwargs
+        or block._chunk_size is not None
+        or temb.dtype != hidden_states.dtype
+        or not fits(temb, hidden_states)
+    ):
         return None
     x, text = hidden_states, encoder_hidden_states
     parts = modulation(block.norm1, temb, 9 if block.use_dual_attention else 6)

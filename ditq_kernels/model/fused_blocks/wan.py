@@ -7,7 +7,7 @@ from torch import nn
 
 from ..shared_projections import hands_on, joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, feed_forward, has_feed_forward, has_norm, normed
+from .passes import FEED_FORWARD, added, feed_forward, fits, has_feed_forward, has_norm, normed
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def _forward(
     temb: torch.Tensor,
     rotary_emb: torch.Tensor,
 ) -> torch.Tensor | None:
-    if temb.ndim != 3:  # a modulation for each token
+    if temb.ndim != 3 or not fits(temb, hidden_states):  # a modulation for each token
         return None
     x = hidden_states
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (block.scale_shift_table + temb.float()).unbind(1)
