@@ -99,9 +99,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--steps", "--models", "dalle"], "no model of that name; --steps takes dit-xl-2-256, "),
+        (["--steps", "--models", "dalle"], "no model's name begins with dalle; --steps takes dit-xl-2-256, "),
         (["--steps", "--schemes", "w3a8"], "unknown scheme 'w3a8'"),
         (["--blocks", "2"], "add --steps"),
+        (["--models", "dit-xl-2-512"], "or add --steps for whole models"),
     ],
 )
 def test_mistakes_are_said(arguments, said, capsys):

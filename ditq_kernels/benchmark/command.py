@@ -143,7 +143,7 @@ def bench_steps(
 
     names = [name for name in MODELS if models is None or name.startswith(tuple(models))]
     if not names:
-        raise ValueError(f"no model of that name; --steps takes {', '.join(MODELS)}")
+        raise ValueError(f"no model's name begins with {' or '.join(models)}; --steps takes {', '.join(MODELS)}")
     for scheme in schemes or ():
         Scheme.parse(scheme)
     wanted = steps.contenders(schemes)

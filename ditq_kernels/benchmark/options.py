@@ -57,6 +57,11 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--blocks says how deep the models of --steps are: add --steps")
     device = _gpu(arguments.device(args.device))
     if device is None:
+        if args.models or args.schemes or args.rows:
+            raise ValueError(
+                "--models, --schemes and --rows choose layers that are measured on a GPU; leave them out on a CPU, or "
+                "add --steps for whole models"
+            )
         from .command import bench_cpu
 
         print("instead, blocks of models are timed on this CPU; what kernels for GPUs compile to, says `ditq inspect`")

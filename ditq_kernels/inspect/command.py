@@ -53,7 +53,7 @@ def trace_step(
     not be there, and print what its blocks launch, move and multiply; the exit code.
 
     Args:
-        name: a key of :data:`ditq_kernels.published.MODELS`.
+        name: a key of :data:`ditq_kernels.published.MODELS`, or how one begins.
         out: a JSON file to write all kernels to, with versions and commit.
         as_json: print that in place of the table.
 
@@ -68,8 +68,11 @@ def trace_step(
     from ..published import MODELS
     from .bounds import GPUS
 
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; --step takes {', '.join(MODELS)}")
+    meant = [name] if name in MODELS else [one for one in MODELS if one.startswith(name)]
+    if len(meant) != 1:
+        what = f"{name!r} could be {' or '.join(meant)}" if meant else f"unknown model {name!r}"
+        raise ValueError(f"{what}; --step takes {', '.join(MODELS)}")
+    (name,) = meant
     if arch not in GPUS:
         raise ValueError(
             f"no rates are kept of a GPU of sm_{arch}; --arch takes {', '.join(f'sm_{one}' for one in GPUS)}"
@@ -91,6 +94,7 @@ def trace_step(
     )
     print(f"{record['weights']}\n")
     print(report.table(name, {form: report.totals(name, step, arch) for form, step in steps.items()}))
+    print(f"\n{report.LEGEND}")
     return 0
 
 
@@ -257,7 +261,8 @@ def add_commands(command: AddCommand) -> None:
     inspect = command(
         "inspect",
         _inspect,
-        "compile every kernel for each GPU architecture, with no GPU, and check its machine code, or execute it",
+        "compile every kernel for each GPU architecture, with no GPU, and check its machine code, or execute it; or "
+        "trace a step of a published model",
         "  ditq inspect --arch sm_90\n  ditq inspect --json > machine-code.json\n"
         '  ditq inspect --execute --quick\n  ditq inspect --execute --arch sm_90 --match "small w4_g128"\n'
         '  ditq inspect --execute --counters --arch sm_90 --match "FLUX.1"\n'
@@ -273,7 +278,11 @@ def add_commands(command: AddCommand) -> None:
     inspect.add_argument(
         "--driver", action="store_true", help="load each kernel on this machine's GPU too; its driver must agree"
     )
-    inspect.add_argument("--json", action="store_true", help="a list of objects, one a kernel")
+    inspect.add_argument(
+        "--json",
+        action="store_true",
+        help="in place of the table: a list of objects, one a kernel; with --execute or --step what --out writes",
+    )
     inspect.add_argument(
         "--execute",
         action="store_true",
@@ -289,11 +298,16 @@ def add_commands(command: AddCommand) -> None:
         "--step",
         metavar="MODEL",
         help="trace a step of a published model: launches, bytes, multiply-accumulates and a bound of each block, in "
-        "16 bits and quantized, fused, compiled; MODEL: dit-xl-2-512, flux.1-dev-1024 ... (a wrong name lists them)",
+        "16 bits and quantized, fused, compiled (two minutes); MODEL is a name or how it begins: "
+        "flux.1, sd3.5, pixart, wan2.1-14b ... (a wrong one lists them)",
     )
-    inspect.add_argument("--scheme", help=f"with --step: how it is quantized (default: {DEFAULT_SCHEME})")
+    inspect.add_argument(
+        "--scheme", help=f"with --step: how it is quantized, w8a8, w4a8_g128 ... (default: {DEFAULT_SCHEME})"
+    )
     inspect.add_argument("--quick", action="store_true", help="a choice of the kernels, which takes minutes")
     inspect.add_argument(
         "--match", default="", metavar="TEXT", help="with --execute: cases, or layers, whose name holds TEXT"
     )
-    inspect.add_argument("--out", type=Path, metavar="FILE", help="with --execute: JSON of all outcomes, or counts")
+    inspect.add_argument(
+        "--out", type=Path, metavar="FILE", help="with --execute or --step: JSON of all outcomes, counts or kernels"
+    )

@@ -7,7 +7,7 @@ import datetime
 import functools
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -91,28 +91,36 @@ def weights(name: str, scheme: str) -> str:
     )
 
 
-HEADER = (
-    "| of | | launches | MB of activations outside products and attention | MB of activations | MB of weights | "
-    "10⁹ multiply-accumulates | bound, µs |\n|---|---|---|---|---|---|---|---|"
+HEADER = ("of", "", "launches", "passes, MB", "activations, MB", "weights, MB", "10⁹ MACs", "bound, µs")
+LEGEND = (
+    "passes: bytes of activations that are moved outside products and attention; MACs: multiply-accumulates; bound: "
+    "what the GPU's published rates allow at best, no prediction"
 )
 
 
 def table(name: str, found: Mapping[Form, Totals]) -> str:
-    """For people, in Markdown."""
+    """For people, in Markdown, in columns."""
     published = MODELS[name]
     depths = published.blocks()
-    lines = [HEADER]
-    for part in (*depths, REST, STEP):
-        of = f"one of {depths[part]} {part}" if part in depths else part
+    rows: list[Sequence[str]] = [HEADER]
+    for part in (STEP, *depths, REST):
+        of = f"1 of {depths[part]} {part}" if part in depths else part
         if part == STEP and published.calls > 1:
             of = f"step ({published.calls} calls)"
-        lines += [f"| {of} | {form.name} | {_cells(totals_of[part])} |" for form, totals_of in found.items()]
-    return "\n".join(lines)
+        rows += [(of, form.name, *_cells(totals_of[part])) for form, totals_of in found.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
+    return "\n".join((lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]))
 
 
-def _cells(total: Total) -> str:
+def _padded(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.ljust(width) if place < 2 else cell.rjust(width)
+
+
+def _cells(total: Total) -> tuple[str, ...]:
     megabytes = (f"{value / 1e6:.1f}" for value in (total.passed, total.activations, total.weights))
-    return " | ".join((str(total.launches), *megabytes, f"{total.macs / 1e9:.1f}", f"{total.bound:.0f}"))
+    return str(total.launches), *megabytes, f"{total.macs / 1e9:.1f}", f"{total.bound:.0f}"
 
 
 def record(name: str, scheme: str, arch: int, steps: Mapping[Form, Step]) -> dict:
