@@ -166,6 +166,15 @@ def test_the_command(capsys, tmp_path):
     assert step["launches"] == 28 * block["launches"] + rest["launches"]
 
 
+def test_what_cannot_be_traced_says_why(monkeypatch, capsys):
+    assert report.attempt("no-such-model", Form(), 90) == "KeyError: 'no-such-model'"
+    found = iter([(Form(), trace("dit-xl-2-256", Form(), 90)), (Form(compiled=True), "RuntimeError: shape error")])
+    monkeypatch.setattr(report, "traced", lambda *_: found)
+    assert cli.main(["inspect", "--step", "dit-xl-2-256"]) == 1
+    said = capsys.readouterr().out
+    assert "not traced: 16 bits, compiled: RuntimeError: shape error" in said and said.count("| 16 bits") == 3
+
+
 @pytest.mark.skipif(not TOO_OLD, reason="this PyTorch is new enough")
 def test_an_old_pytorch_is_told():
     with pytest.raises(ImportError, match=r"2\.11"):

@@ -50,7 +50,8 @@ def trace_step(
     as_json: bool = False,
 ) -> int:
     """Trace a step of a published model in 16 bits, in ``scheme`` and fused, eager and compiled, for a GPU that need
-    not be there, and print what its blocks launch, move and multiply; the exit code.
+    not be there, and print what its blocks launch, move and multiply; the exit code, 1 where a
+    form could not be traced.
 
     Args:
         name: a key of :data:`ditq_kernels.published.MODELS`, or how one begins.
@@ -81,21 +82,23 @@ def trace_step(
     _check_folder_of(out)
     from .step import report
 
-    steps = {}
+    steps, missing = {}, {}
     for form, step in track(report.traced(name, scheme, arch), len(report.forms(scheme)), "form"):
-        steps[form] = step
+        (missing if isinstance(step, str) else steps)[form] = step
     record = report.record(name, scheme, arch, steps)
     _keep(record, out)
     if as_json:
         print(json.dumps(record, indent=1))
-        return 0
+        return 1 if missing else 0
     print(
         f"{MODELS[name].about}; {GPUS[arch].name} (sm_{arch}), which was not asked: all is counted, no time is measured"
     )
     print(f"{record['weights']}\n")
     print(report.table(name, {form: report.totals(name, step, arch) for form, step in steps.items()}))
     print(f"\n{report.LEGEND}")
-    return 0
+    for form, reason in missing.items():
+        print(f"not traced: {form.name}: {reason}")
+    return 1 if missing else 0
 
 
 def execute_kernels(

@@ -55,18 +55,28 @@ def _begin(arch: int) -> None:
     _of_process.enter_context(launches.installed(arch))
 
 
-def traced(name: str, scheme: str, arch: int, workers: int | None = None) -> Iterator[tuple[Form, Step]]:
-    """Each of :func:`forms`, in this order, by ``workers`` processes (default: one a core).
+def attempt(name: str, form: Form, arch: int) -> Step | str:
+    """:func:`.trace.trace`, or in one line why there is nothing: PyTorch's compiler asks some models' tensors for more
+    than their shapes.
+    """
+    try:
+        return trace(name, form, arch)
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def traced(name: str, scheme: str, arch: int, workers: int | None = None) -> Iterator[tuple[Form, Step | str]]:
+    """Each of :func:`forms`, in this order, by ``workers`` processes (default: one a core); or why it is missing.
 
     Raises:
-        ValueError: for a model without such blocks, or if a process is ended from outside.
+        ValueError: if a process is ended from outside.
     """
     environment = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, _begin, (arch,)) as pool:
             asked = forms(scheme)
-            steps = pool.map(trace, *zip(*((name, form, arch) for form in asked), strict=True))
+            steps = pool.map(attempt, *zip(*((name, form, arch) for form in asked), strict=True))
             yield from zip(asked, steps, strict=True)
     except BrokenProcessPool as error:
         raise ValueError("a process that traces was ended from outside, by the system if memory is short") from error
