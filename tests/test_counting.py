@@ -113,7 +113,7 @@ def test_what_is_touched_is_no_more_than_there_is():
 
 
 def test_bounds_are_of_the_fullest_multiprocessor():
-    gpu = Gpu("a GPU", multiprocessors=8, clock_ghz=2, memory_gbs=1000, l2_bytes=64, wide_macs=1)
+    gpu = Gpu("a GPU", multiprocessors=8, clock_ghz=2, memory_gbs=1000, l2_bytes=64, wide_macs=1, l2_size=1)
     found = counting._count(90, Subject(("a layer",), 2, 3, 4, "w8", "int8"), launch(), MACHINE, None)
     # 20 blocks on 8 multiprocessors: one has 3 of them. In clocks: 25 of matrix units, 580 and 50 of shared memory.
     # Four instructions of each warp and block, by four schedulers. All three are resident, and wait for L2 together.

@@ -39,7 +39,7 @@ PLANTED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     (_GRID, "below * ratio, high", "below, high", ("quantizer",)),
     # A calibrated reach stored doubled, or not used.
     ("layer/linear.py", "dtype=torch.float32).reshape(1)", "dtype=torch.float32).reshape(1) * 2", ("linear",)),
-    ("layer/linear.py", "amax=self.input_amax", "amax=None", ("linear",)),
+    ("layer/linear.py", 'stored("input_amax"), *weight', "None, *weight", ("linear",)),
     # No gradient of the bias where the input needs none.
     (_OPS, "x.requires_grad or (bias is not None and bias.requires_grad)", "x.requires_grad", ("ops",)),
     # Inputs and gradients that are expanded or transposed.

@@ -37,6 +37,7 @@ def _stood_in(arch: int) -> Iterator[None]:
     """The compiler finds a GPU of ``arch``."""
     from torch._dynamo import device_interface
     from torch._inductor.fx_passes import joint_graph
+    from torch.utils import _triton
 
     found = properties(arch)
 
@@ -55,6 +56,9 @@ def _stood_in(arch: int) -> Iterator[None]:
 
     cpu = torch.device("cpu")  # on which patterns are traced that are looked for
     with contextlib.ExitStack() as stack:
+        # Whether there is Triton for a GPU is asked once; here it is another question, and afterwards again.
+        _triton.has_triton.cache_clear()
+        stack.callback(_triton.has_triton.cache_clear)
         prepare = joint_graph.lazy_init
         stack.enter_context(patch.object(joint_graph, "lazy_init", lambda *device: prepare(*(cpu for _ in device))))
         device_interface.get_interface_for_device("cpu")  # else the others would be registered later
