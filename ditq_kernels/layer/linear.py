@@ -191,10 +191,9 @@ class QuantLinear(nn.Linear):
             ValueError: if the last dimension of ``x`` is not K, or ``x`` is on another device than the weights.
             TypeError: if ``x`` is not floating-point, or quantized and the scheme does not quantize activations.
         """
-        if isinstance(x, QuantizedInput):
-            self._check_width(x)
-            return self._product_of_codes(x)
         self._check_width(x)
+        if isinstance(x, QuantizedInput):
+            return self._product_of_codes(x)
         operands = self._operands(x)
         y = ops.product_again(operands)
         if y is not None:

@@ -1,5 +1,5 @@
-"""A GPU that PyTorch may take for granted: tensors on it that have no contents, and the schedules of PyTorch's compiler
-for it.
+"""A GPU that is not there: tensors without contents in place of those on it, and what PyTorch and our kernels would be
+told of it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def properties(arch: int) -> Any:
 
 @contextlib.contextmanager
 def absent_gpu(arch: int) -> Iterator[FakeTensorMode]:
-    """Within the ``with`` block there seems to be a GPU of architecture ``arch``. Attention is one operation, as
-    PyTorch's own kernels of it are, which none is chosen of where there is no GPU.
+    """Within the ``with`` block our kernels are chosen for a GPU of architecture ``arch``, and PyTorch makes tensors
+    without contents, and attention one operation, as it is on a GPU.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
@@ -84,14 +84,14 @@ def absent_gpu(arch: int) -> Iterator[FakeTensorMode]:
 
 
 def placed(value: Any, mode: FakeTensorMode) -> Any:
-    """What is on the meta device in ``value``, on the GPU."""
+    """What is on the meta device in ``value``, as tensors that seem to be somewhere."""
     return torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda one: FakeTensor(mode, one, DEVICE) if one.is_meta else one, value
     )
 
 
 def place(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Move the parameters and buffers of ``model`` from the meta device to the GPU."""
+    """Make parameters and buffers of ``model`` that are on the meta device tensors that seem to be somewhere."""
     for module in model.modules():
         for name, one in module._parameters.items():
             if one is not None:

@@ -38,10 +38,8 @@ _launches = _Launches()
 
 class _Launcher(driver.Launcher):
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        tensors = [
-            getattr(one, "base", one) for one in arguments if isinstance(getattr(one, "base", one), torch.Tensor)
-        ]
-        _launches.add(self.metadata.name, tensors)
+        given = (getattr(one, "base", one) for one in arguments)  # of descriptors
+        _launches.add(self.metadata.name, [one for one in given if isinstance(one, torch.Tensor)])
 
 
 class _Dispatched(TorchDispatchMode):

@@ -41,9 +41,7 @@ class Form:
         return what + (", compiled" if self.compiled else "")
 
 
-BUILT = (
-    3  # blocks of each kind that are traced: the first is fed otherwise than those behind it, the last may be another
-)
+BUILT = 3  # blocks of each kind: the first is fed otherwise than those behind it, and the last may be another
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,6 @@ class Total:
         """Of ``number`` such."""
         return Total(*(number * value for value in vars(self).values()))
 
-    def plus(self, other: Total, sign: int = 1) -> Total:
+    def plus(self, other: Total) -> Total:
         """Of both."""
-        return Total(*(a + sign * b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Total(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
