@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ditq_kernels import QuantLinear
 from ditq_kernels.layer import tape
 
 REPOSITORY = Path(__file__).parent.parent
@@ -462,3 +463,20 @@ def test_executed_kernels_are_repeated():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=REPOSITORY
     )
     assert done.stdout.strip() == "done", done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w4a8_g128", "w8a8_g128", "w4a16_g128"])
+@pytest.mark.parametrize("shape", [(2, 1024, 1152), (3, 1152), (1, 130, 1152)])
+def test_on_a_gpu(scheme, shape, monkeypatch):
+    linear = torch.nn.Linear(1152, 4608).cuda().bfloat16()
+    layer = QuantLinear.from_linear(linear, scheme, 4.0 if scheme.endswith("static") else None)
+    for turn in range(5):
+        x = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            monkeypatch.setattr(tape, "DEVICES", set())
+            expected = layer(x)
+            monkeypatch.setattr(tape, "DEVICES", {"cuda"})
+            found = layer(x)
+        assert torch.equal(found, expected), turn
+    assert any(type(one) is tape.Tape for one in tape._tapes.values())
