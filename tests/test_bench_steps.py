@@ -64,6 +64,12 @@ def test_steps_are_timed_beside_16_bits(monkeypatch):
     assert steps.speedup(timings, timings[1], COMPILED) == timings[2].median / timings[1].median
 
 
+def test_blocks_of_many_contenders_may_be_compiled():
+    limits = []
+    measured(Contender("limited", "torch", lambda model: limits.append(torch._dynamo.config.recompile_limit) or model))
+    assert limits == [64, 64]
+
+
 def test_a_step_is_all_its_calls():
     assert measured(Contender("slow", "torch", slow))[0].lower > 2 * 50
 

@@ -60,6 +60,12 @@ def test_who_is_missing_or_fails_is_named_and_the_others_go_on():
     assert [timing.name for timing in timings if timing.median] == list(BASELINES)
 
 
+def test_blocks_of_many_contenders_may_be_compiled():
+    limits = []
+    measured(Contender("limited", "torch", lambda model: limits.append(torch._dynamo.config.recompile_limit) or model))
+    assert limits == [64]
+
+
 def test_compiled_blocks_are_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda block: compiled.append(block) or block)

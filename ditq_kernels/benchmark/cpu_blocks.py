@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .libraries import Contender, ours, sdnq_int8, torchao_int8, unchanged
+from .libraries import RECOMPILE_LIMIT, Contender, ours, sdnq_int8, torchao_int8, unchanged
 from .quantizing import stored_bytes
 from .turns import Quartiles, no_matter, said_by, take_turns, version_of
 
@@ -172,7 +172,6 @@ def steps(subjects: Sequence[Subject], contenders: Sequence[Contender], compiled
 
 
 @torch.no_grad()
-@torch._dynamo.config.patch(recompile_limit=64)  # all blocks are of one class, and each is compiled
 def measure(
     subjects: Sequence[Subject] = SUBJECTS,
     contenders: Sequence[Contender] = CONTENDERS,
@@ -184,13 +183,15 @@ def measure(
     :func:`steps`.
     """
     installed = [one for one in contenders if version_of(one.package) is not None]
-    for subject in subjects:
-        for compiles in compiled:
-            for one in contenders:
-                if one not in installed:
-                    reason = f"{one.package} is not installed"
-                    yield Timing(one.name, subject.name, compiles, "", None, reason=reason)
-            yield from _timings(subject, installed, compiles, rounds, advance)
+    # All blocks are of one class, and each is compiled. A decorator would hold for no generator.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        for subject in subjects:
+            for compiles in compiled:
+                for one in contenders:
+                    if one not in installed:
+                        reason = f"{one.package} is not installed"
+                        yield Timing(one.name, subject.name, compiles, "", None, reason=reason)
+                yield from _timings(subject, installed, compiles, rounds, advance)
 
 
 def is_ours_and_failed(timing: Timing) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+RECOMPILE_LIMIT = 64  # of one class of blocks, of which each contender's is another
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.cuda_graphs import WARM_UP, captured
 from ..published import MODELS, Model
-from .libraries import Contender, ours, sdnq_int8, torchao_int8, unchanged
+from .libraries import RECOMPILE_LIMIT, Contender, ours, sdnq_int8, torchao_int8, unchanged
 from .quantizing import stored_bytes
 from .turns import Quartiles, no_matter, said_by, take_turns, version_of
 
 ROUNDS = 7
-WARM_UP = 3  # calls before a graph is captured, or anything timed
 BASELINE = "PyTorch bf16"
 EAGER, COMPILED = "eager", "compiled"
 GRAPH = ", CUDA graph"
@@ -93,18 +93,10 @@ def _compile_blocks(model: nn.Module, lists: Sequence[str]) -> None:
         block.compile(fullgraph=True)
 
 
-def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``call`` as a CUDA graph."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-    return lambda: (graph.replay(), kept)
+def _replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``call`` as a CUDA graph, whose memory lives as long as it does."""
+    replay, kept = captured(call, device)
+    return lambda: (replay(), kept)
 
 
 def _milliseconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:
@@ -153,7 +145,7 @@ def _timings(
         if device.type != "cuda":
             continue
         try:
-            calls[one.name, way + GRAPH] = partial(_milliseconds, _captured(call, device), model.calls, device)
+            calls[one.name, way + GRAPH] = partial(_milliseconds, _replayed(call, device), model.calls, device)
         except Exception as error:
             failed[one.name, way + GRAPH] = said_by(error)
     found, later = take_turns(calls, rounds, advance)
@@ -174,7 +166,6 @@ def turns(names: Sequence[str], wanted: Sequence[Contender], rounds: int) -> int
 
 
 @torch.no_grad()
-@torch._dynamo.config.patch(recompile_limit=64)  # blocks of all contenders are of one class, and each is compiled
 def measure(
     names: Sequence[str],
     wanted: Sequence[Contender],
@@ -187,15 +178,17 @@ def measure(
     as many as are published. ``advance`` is called at each of :func:`turns`.
     """
     installed = [one for one in wanted if version_of(one.package) is not None]
-    for name in names:
-        for one in wanted:
-            if one not in installed:
-                yield Timing(name, "", one.name, None, reason=f"{one.package} is not installed")
-        for compiled in (False, True):
-            yield from _timings(name, MODELS[name], installed, device, blocks, rounds, compiled, advance)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    # Blocks of all contenders are of one class, and each is compiled. A decorator would hold for no generator.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        for name in names:
+            for one in wanted:
+                if one not in installed:
+                    yield Timing(name, "", one.name, None, reason=f"{one.package} is not installed")
+            for compiled in (False, True):
+                yield from _timings(name, MODELS[name], installed, device, blocks, rounds, compiled, advance)
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def is_ours_and_failed(timing: Timing) -> bool:

@@ -128,14 +128,21 @@ def _capture(model: nn.Module, original: Forward, leaves: list[Any], form: Any, 
     args, kwargs = pytree.tree_unflatten(
         [next(given) if isinstance(one, torch.Tensor) else one for one in leaves], form
     )
-    device = inputs[0].device
+    replay, result = captured(lambda: original(model, *args, **kwargs), inputs[0].device)
+    return _Captured(replay, inputs, result, where)
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """(a CUDA graph of ``call`` to replay, what the call returned, which replays write again), captured after
+    :data:`WARM_UP` calls.
+    """
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
-            original(model, *args, **kwargs)
+            call()
     current.wait_stream(side)
     made = torch.cuda.CUDAGraph()
     with torch.cuda.graph(made):
-        result = original(model, *args, **kwargs)
-    return _Captured(made.replay, inputs, result, where)
+        result = call()
+    return made.replay, result
