@@ -48,7 +48,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels": (
         ("decode", "epilogue", "hopper_costs", "interpreter", "operands", "silu", "tile_order"),
         ("config", "early_start", "launch"),
-        ("device", "tables"),
+        ("device", "estimates"),
+        ("tables", "overlapped_product"),
         ("activation", "dense_product", "in_loop_product", "small_product"),
         ("expansion",),
         ("gradient", "dispatch"),
@@ -345,7 +346,7 @@ def test_a_wrong_arrow_is_seen_in_each_folder(folder, wrong, tmp_path):
         ("kernels/dispatch.py", "from ..layer.quantizer import fit_grid", "must not know each other"),
         ("model/planning.py", "from .. import save", "does not stand to its left"),
         ("layer/backend.py", "from .. import kernels", "at module level"),
-        ("layer/backend.py", "from ..kernels.config import heuristic", "at module level"),
+        ("layer/backend.py", "from ..kernels.config import candidates", "at module level"),
         ("cli.py", "from .inspect import inspection", "at module level"),
         ("inspect/command.py", "from . import inspection", "at module level"),
         ("demo/command.py", "import diffusers", "at module level"),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ditq_kernels.kernels import config, dispatch, tables
+from ditq_kernels.kernels import config, dispatch, estimates, tables
 from ditq_kernels.kernels.config import Config, Problem
 from ditq_kernels.kernels.device import standing_in
 from ditq_kernels.kernels.operands import Operands
@@ -68,7 +68,7 @@ def test_every_problem_has_a_configuration(capability):
     """Which keeps to what its route and the device can do, written down here once more."""
     for fmt, size, rows in itertools.product(WEIGHT_FORMATS.values(), (1, 2, 4), config.ROW_CLASSES):
         for (out_features, in_features), output in itertools.product(((1152, 1152), (40, 130), (18432, 3072)), (2, 4)):
-            chosen = config.heuristic(Problem(rows, out_features, in_features, size, fmt, capability, 132, output))
+            chosen = estimates.heuristic(Problem(rows, out_features, in_features, size, fmt, capability, 132, output))
             if chosen.route == "small":
                 assert rows <= 16 and size > 1
                 continue
@@ -97,7 +97,7 @@ def test_few_rows_take_the_product_that_is_bound_by_reading_weights(runs_by):
     for rows in (3, 4, 7, 8, 16):
         chosen = runs_by(rows, 6912, 1152, 2, W4)
         assert (chosen.route, chosen.block_m) == ("in_loop", 16)
-    assert config.heuristic(problem(4, 6912, 1152, 4, W4)).route == "small"  # no matrix instructions are for fp32
+    assert estimates.heuristic(problem(4, 6912, 1152, 4, W4)).route == "small"  # no matrix instructions are for fp32
 
 
 def test_many_rows_expand_four_bit_weights_and_some_do_not(runs_by):
@@ -129,7 +129,7 @@ def test_what_is_chosen_on_hopper_is_near_the_fastest_that_was_timed():
             for text, time in timings.items()
             if not text.startswith("expanded_cuda") and (one_stretch or not text.startswith("expanded"))
         }
-        chosen = str(config.heuristic(problem(rows, out_features, in_features, size, WEIGHT_FORMATS[name])))
+        chosen = str(estimates.heuristic(problem(rows, out_features, in_features, size, WEIGHT_FORMATS[name])))
         if one_stretch or not chosen.startswith("expanded"):
             ratios[product] = times_the_best(chosen, timings)
     assert len(ratios) > 50
@@ -149,7 +149,7 @@ def test_the_extensions_tile_is_near_the_fastest_that_was_timed():
 @pytest.mark.parametrize(("rows", "features"), [(512, (1152, 1152)), (512, (1152, 4608)), (512, (4608, 1152))])
 def test_tiles_fill_the_chip(rows, features):
     """Not half of the multiprocessors idle in the last wave of tiles."""
-    chosen = config.heuristic(problem(rows, *features, 1, W8))
+    chosen = estimates.heuristic(problem(rows, *features, 1, W8))
     tiles = -(-rows // chosen.block_m) * -(-features[0] // chosen.block_n)
     waves = -(-tiles // H100["multiprocessors"])
     assert tiles / (waves * H100["multiprocessors"]) > 0.5
@@ -167,7 +167,7 @@ def test_wide_outputs_take_tiles_whose_shared_memory_holds_them(monkeypatch):
     narrow = problem(4096, 3072, 12288, 1, W8)
     wide = dataclasses.replace(narrow, output_bytes=4)
     largest = Config("int8", 128, 256, 128, 8, 3, descriptors=True)
-    assert config.heuristic(narrow) == largest and not config.is_valid(largest, wide)
+    assert estimates.heuristic(narrow) == largest and not config.is_valid(largest, wide)
     assert config.shared_bytes(largest, wide) >= 278_552  # what Triton asks for
     asked = []
     device = dispatch.Device("a GPU", 90, 132)
@@ -206,7 +206,7 @@ def test_the_extension_is_chosen_where_it_was_timed(runs_by, monkeypatch):
     assert runs_by(4096, 1152, 1152, 2, W4).route == "expanded"
     for capability in (80, 89, 120):
         assert runs_by(4, 1152, 1152, 2, W4, ("gpu", capability, 108)).route == "in_loop"
-    assert config.heuristic(problem(512, 1152, 1152, 1, W8), extension=False).route == "int8"
+    assert estimates.heuristic(problem(512, 1152, 1152, 1, W8), extension=False).route == "int8"
 
 
 class Placed(NamedTuple):
@@ -238,14 +238,14 @@ def test_elsewhere_the_extension_waits_for_a_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "why_unavailable", lambda: None)
     given = problem(4, 1152, 1152, 2, W4, capability=80, multiprocessors=108)
     (from_extension,) = [c for c in config.candidates(given) if c.route == "cuda"]
-    assert config.heuristic(given).route == "in_loop"
+    assert estimates.heuristic(given).route == "in_loop"
     tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, from_extension)], [])
     assert tables.choose(given, "gpu") == from_extension
     tables.choose.cache_clear()
-    assert tables.choose(given, "gpu", extension=False) == config.heuristic(given)
+    assert tables.choose(given, "gpu", extension=False) == estimates.heuristic(given)
     tables.choose.cache_clear()
     monkeypatch.setattr(extension, "why_unavailable", lambda: "it is not built")
-    assert tables.choose(given, "gpu") == config.heuristic(given)
+    assert tables.choose(given, "gpu") == estimates.heuristic(given)
 
 
 def test_what_the_extension_lacks_is_no_candidate(monkeypatch):
@@ -270,20 +270,20 @@ def entry(given, chosen):
 
 def test_a_measured_winner_goes_before_the_heuristic(tmp_path):
     given, other = problem(2048, 1152, 1152, 1, W8), problem(2048, 4608, 1152, 1, W8)
-    winner = next(c for c in config.candidates(given) if c != config.heuristic(given))
+    winner = next(c for c in config.candidates(given) if c != estimates.heuristic(given))
     path = tables.table_path(tmp_path, "NVIDIA H100 80GB HBM3")
     tables.write(path, "NVIDIA H100 80GB HBM3", [entry(given, winner)], [dict(date="today")])
     assert path.name == "nvidia-h100-80gb-hbm3.json" and list(tmp_path.iterdir()) == [path]
     assert tables.read(path) == ([dict(date="today")], [entry(given, winner)])
     assert tables.choose(given, "NVIDIA H100 80GB HBM3") == winner
-    assert tables.choose(other, "NVIDIA H100 80GB HBM3") == config.heuristic(other)
-    assert tables.choose(given, "NVIDIA A100-SXM4-80GB") == config.heuristic(given)
+    assert tables.choose(other, "NVIDIA H100 80GB HBM3") == estimates.heuristic(other)
+    assert tables.choose(given, "NVIDIA A100-SXM4-80GB") == estimates.heuristic(given)
 
 
 def test_a_winner_that_is_not_valid_here_is_passed_over(tmp_path):
     given = problem(2048, 1152, 1152, 1, W8)
     tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, Config("small", 1, 4))], [])
-    assert tables.choose(given, "gpu") == config.heuristic(given)
+    assert tables.choose(given, "gpu") == estimates.heuristic(given)
 
 
 @pytest.mark.parametrize("content", ["{", '{"version": 0}', "[]", '{"version": 2, "entries": [{}], "runs": []}'])
@@ -303,13 +303,13 @@ def test_the_choice_is_printed_once_on_request(capsys, monkeypatch):
         tables.choose(given, "gpu")
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert f"M <= 2048, N = 1152, K = 1152: {config.heuristic(given)} (heuristic)" in printed
+    assert f"M <= 2048, N = 1152, K = 1152: {estimates.heuristic(given)} (heuristic)" in printed
 
 
 def test_tables_are_plain_json(tmp_path):
     given = problem(1, 64, 128, 2, W4)
     path = tmp_path / "table.json"
-    tables.write(path, "gpu", [entry(given, config.heuristic(given))], [dict(commit="abc")])
+    tables.write(path, "gpu", [entry(given, estimates.heuristic(given))], [dict(commit="abc")])
     content = json.loads(path.read_text())
     assert content["gpu"] == "gpu" and content["entries"][0]["config"]["route"] == "small"
 
@@ -362,11 +362,11 @@ def test_the_second_call_of_a_shape_costs_little_python():
 def test_products_run_by_the_winner_of_their_class(activation_bytes, tmp_path, runs_by):
     """Any number of rows of a class takes what was measured for the class, of this weight and on this GPU."""
     given = problem(512, 256, 384, activation_bytes, W4)
-    winner = next(c for c in config.candidates(given) if c.route == "in_loop" and c != config.heuristic(given))
+    winner = next(c for c in config.candidates(given) if c.route == "in_loop" and c != estimates.heuristic(given))
     tables.write(tables.table_path(tmp_path, "gpu"), "gpu", [entry(given, winner)], [])
     assert {runs_by(rows, 256, 384, activation_bytes, W4) for rows in (257, 300, 511, 512)} == {winner}
     for rows in (256, 513):
-        expected = config.heuristic(problem(rows, 256, 384, activation_bytes, W4))
+        expected = estimates.heuristic(problem(rows, 256, 384, activation_bytes, W4))
         assert runs_by(rows, 256, 384, activation_bytes, W4) == expected != winner
     for other in (dict(out_features=512), dict(fmt=WEIGHT_FORMATS["w4_g64"]), dict(device=("another", 90, 132))):
         asked = dict(rows=512, out_features=256, in_features=384, activation_bytes=activation_bytes, fmt=W4) | other

@@ -61,7 +61,7 @@ def swept(stopwatch, count=1, **options):
 
 
 def default_for(task):
-    from ditq_kernels.kernels.config import heuristic
+    from ditq_kernels.kernels.estimates import heuristic
 
     return heuristic(tune.problem_of(task, tune.operands_of(task, Inputs(task.case, CPU))))
 

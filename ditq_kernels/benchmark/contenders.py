@@ -256,7 +256,7 @@ def _route_config(x: torch.Tensor, inputs: Inputs, fmt: WeightFormat, route: str
         if route is not None:
             raise Unavailable(f"route {route!r} takes CUDA tensors")
         return None, None
-    from ..kernels import config, device, dispatch, tables
+    from ..kernels import config, device, dispatch, estimates, tables
 
     problem = dispatch.problem_of(x, inputs.case.out_features, fmt)
     if route is None:
@@ -264,7 +264,7 @@ def _route_config(x: torch.Tensor, inputs: Inputs, fmt: WeightFormat, route: str
     possible = [candidate for candidate in config.candidates(problem) if candidate.route == route]
     if not possible:
         raise Unavailable(f"no configuration of route {route!r} is valid (not built, not loaded, or not for {problem})")
-    best = min(possible, key=lambda candidate: config.estimate(candidate, problem))
+    best = min(possible, key=lambda candidate: estimates.estimate(candidate, problem))
     return best, best
 
 

@@ -234,7 +234,8 @@ def sweep(
         after_task: sees what has been found so far.
         skip: (family, repr of the configuration) of candidates not to run.
     """
-    from ..kernels.config import candidates, heuristic
+    from ..kernels.config import candidates
+    from ..kernels.estimates import heuristic
 
     found = Sweep()
     end = None if seconds is None else clock() + seconds

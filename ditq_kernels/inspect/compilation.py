@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Variant:
         matrix: "int8" or "float" if the kernel has a matrix product of such operands.
         decodes: whether it decodes weights right before the product.
         issue_budget: the most issue slots per matrix clock that its loop may take, where one was set.
+        in_flight: whether its loop must keep a matrix product in flight.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Variant:
     matrix: str | None = None
     decodes: bool = False
     issue_budget: float | None = None
+    in_flight: bool = False
 
 
 def _source(variant: Variant) -> ASTSource:
@@ -52,7 +55,8 @@ def _source(variant: Variant) -> ASTSource:
             aligned = kind == "i32" or kind.startswith("*")
             if aligned and not parameter.do_not_specialize and name != "groups":
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(variant.kernel, signature, constants, attributes)
+    kind = GluonASTSource if variant.kernel.is_gluon() else ASTSource
+    return kind(variant.kernel, signature, constants, attributes)
 
 
 def compile_variant(variant: Variant, arch: int) -> CompiledKernel:

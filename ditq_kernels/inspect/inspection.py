@@ -57,6 +57,9 @@ def failures(variant: Variant, code: MachineCode) -> list[str]:
         wrong.append(f"{code.mixed_operands} pieces of assembly decode bytes of several groups by one")
     if code.matrix_waits and code.matrix_waits > MOST_MATRIX_WAITS:
         wrong.append(f"{code.matrix_waits} waits for matrix instructions in a turn of the loop: they are serialized")
+    if variant.in_flight and code.idle_waits != 0:
+        found = "no loop was recognised" if code.idle_waits is None else f"{code.idle_waits} waits in its loop do not"
+        wrong.append(f"a matrix product is to stay in flight: {found}")
     if code.driver_registers not in (None, code.registers):
         wrong.append(f"the driver gives it {code.driver_registers} registers, not {code.registers}")
     if code.driver_spills:

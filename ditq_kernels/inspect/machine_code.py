@@ -56,6 +56,8 @@ class MachineCode:
             Below 1 the matrix units can be the limit; None where the rate or the instruction's size is unknown.
         matrix_waits: how often one turn of the loop waits for matrix instructions of warpgroups; None without a loop.
             ptxas makes each wait for the one before it where it finds that their registers are touched between.
+        idle_waits: of these waits, in all innermost loops around matrix instructions, those that leave none in flight;
+            None without such a loop.
         driver_registers, driver_spills: registers per thread, and words of thread-local memory, that a driver gave the
             kernel when it loaded it; None where none did.
         mixed_operands: pieces of assembly that read one operand for elements that have others
@@ -76,6 +78,7 @@ class MachineCode:
     driver_registers: int | None = None
     driver_spills: int | None = None
     mixed_operands: int = 0
+    idle_waits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,18 @@ def main_loop(code: list[Instruction]) -> list[Instruction] | None:
             i = target if skips else i + 1
         return turn
     return None
+
+
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The shortest loop around each matrix instruction, from the target of its backward branch to that branch. Longer
+    ones may begin inside of it: waits that seldom happen stand behind all other code, and lead back.
+    """
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    spans = [(index.get(one.branch_target, end + 1), end) for end, one in enumerate(code)]
+    backward = sorted((span for span in spans if span[0] <= span[1]), key=lambda span: span[1] - span[0])
+    matrix = [place for place, instruction in enumerate(code) if instruction.is_matrix]
+    around = (next((span for span in backward if span[0] <= place <= span[1]), None) for place in matrix)
+    return [code[start : end + 1] for start, end in dict.fromkeys(filter(None, around))]
 
 
 def issue_slots(turn: list[Instruction], warps: int, arch: int) -> float | None:
@@ -221,6 +236,13 @@ def read(variants: Sequence[Variant], arch: int, compiled: Sequence[CompiledKern
     ]
 
 
+def _idle_waits(code: list[Instruction]) -> int | None:
+    """See :attr:`MachineCode.idle_waits`."""
+    loops = innermost_loops(code)
+    every = (instruction.text for loop in loops for instruction in loop)
+    return sum(re.match(r"WARPGROUP\.DEPBAR\.LE gsb\d, 0x0\b", text) is not None for text in every) if loops else None
+
+
 def _read(
     variant: Variant, arch: int, compiled: CompiledKernel, resources: str, code: list[Instruction]
 ) -> MachineCode:
@@ -239,4 +261,5 @@ def _read(
         issue_slots=issue_slots(turn, variant.options.get("num_warps", 4), arch) if turn else None,
         matrix_waits=sum(instruction.name == "WARPGROUP.DEPBAR.LE" for instruction in turn) if turn else None,
         mixed_operands=len(disagreeing_calls(compiled.asm["llir"])),
+        idle_waits=_idle_waits(code),
     )

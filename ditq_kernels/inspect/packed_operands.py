@@ -17,7 +17,7 @@ def _arguments(code: str, start: int) -> list[str]:
     """A call's arguments, each with its type, whose list begins at ``start``."""
     depth, values, first, at = 1, [], start, start
     while depth:
-        depth += {"(": 1, ")": -1}.get(code[at], 0)
+        depth += (code[at] in "({") - (code[at] in ")}")
         if depth == 0 or (depth == 1 and code[at] == ","):
             values.append(code[first:at].strip())
             first = at + 1

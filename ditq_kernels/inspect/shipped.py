@@ -9,7 +9,16 @@ from collections.abc import Iterator
 
 import torch
 
-from ..kernels import activation, dense_product, early_start, expansion, gradient, in_loop_product, small_product
+from ..kernels import (
+    activation,
+    dense_product,
+    early_start,
+    expansion,
+    gradient,
+    in_loop_product,
+    overlapped_product,
+    small_product,
+)
 from ..kernels.config import CONFIGS, Config, Problem, is_valid
 from ..kernels.dispatch import adds_residuals
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
@@ -126,6 +135,28 @@ def _dense(arch: int) -> Iterator[Variant]:
             )
 
 
+def _overlapped(arch: int) -> Iterator[Variant]:
+    """The int8 product whose matrix instructions overlap: every tile, with every output that is staged otherwise."""
+    for output, adds in (("bf16", False), ("bf16", True), ("fp32", False), ("i32", False)):
+        problem = _problem(WEIGHT_FORMATS["w8"], 1, arch, output_bytes=OUTPUT_TYPES[output].itemsize)
+        for config in CONFIGS["overlapped"]:
+            if not is_valid(config, problem):
+                continue
+            constants, options = overlapped_product.specialise(config, OUTPUT_TYPES[output])
+            types = _dense_types(config, "i8", output) | _residual_types(adds)
+            for name in ("x", "w"):
+                types[name] = types[name].replace("]>", f"],{overlapped_product.layout()!r}>")
+            yield Variant(
+                f"{config}{_to(output)}{' added' if adds else ''}",
+                overlapped_product.overlapped_product_kernel,
+                types,
+                constants,
+                options,
+                matrix="int8",
+                in_flight=True,
+            )
+
+
 def _dense_types(config: Config, kind: str, output: str) -> dict[str, str | None]:
     scaled = "*fp32" if kind == "i8" else None
     operands = {"x": config.block_m, "w": config.block_n}
@@ -184,6 +215,7 @@ def variants(arch: int) -> Iterator[Variant]:
 def _variants(arch: int) -> Iterator[Variant]:
     yield from _activation(arch)
     yield from _dense(arch)
+    yield from _overlapped(arch)
     yield from _in_loop(arch)
     for fmt in WEIGHT_FORMATS.values():
         yield from _small(fmt)

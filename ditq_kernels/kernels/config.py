@@ -1,29 +1,20 @@
-"""Which kernel a product runs on, and in which form: one problem, one config, one validity predicate, one heuristic.
-Pure Python; nothing is compiled, launched or measured here.
-
-The heuristic's constants are reasoned and not measured, but for Hopper's (:mod:`.hopper_costs`). A table of measured
-winners (:mod:`.tables`) goes before it.
+"""Which kernels a product may run on, and in which forms: one problem, one config, one validity predicate. Pure
+Python; nothing is compiled, launched or measured here.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..layer.error_budget import PLAIN, Arithmetic
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from ..layer.packing import HALF_BLOCK
-from . import hopper_costs
 
 MAX_ACTIVATION_BLOCK = 16384  # columns that one program of a row-wise kernel holds at once
 SMALL_M = 16  # up to here a product is bound by reading weights
-# Up to here it pays to multiply without matrix instructions. Each row more takes instructions for each weight: of four
-# rows the schedulers set the bound, at more than twice that of the loop with matrix instructions (counted, sm_80 and
-# sm_90), and on an H200 the loop took less for sixteen rows than this for four, by 1.05 to 1.8.
-FEWEST_ROWS = 2
 SCRATCH_BYTES = 96 << 20  # what a weight is decoded into at a time: stretches cost more than the L2 cache saves
 # Shared memory of one thread block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications).
@@ -113,6 +104,8 @@ class Config:
         return f"{self.route} {tile}{warps}{' descriptors' if self.descriptors else ''}".strip()
 
 
+OVERLAPPED_ROUTES = ("overlapped", "expanded_overlapped")
+OVERLAPPED_CAPABILITY = 90  # its instructions are of sm_90a, and of no other
 # Routes of the CUDA extension, and instances of its int8 product: the places of extension.TILES, which a test holds
 # together with this.
 EXTENSION_ROUTES = ("cuda", "expanded_cuda")
@@ -123,8 +116,9 @@ EXTENSION_TILES = 8
 # in_loop   decodes the weights in the loop of the matrix product
 # int8      int8 weights as they are stored
 # expanded  decodes the weights into a scratch first and multiplies that; by cuBLAS where no tile is given
+# overlapped     int8 weights as they are stored, by the kernel whose products overlap with all else
 # cuda      the CUDA extension's kernel
-# expanded_cuda  the same of weights that are decoded into a scratch first
+# expanded_overlapped, expanded_cuda  these of weights that are decoded into a scratch first
 _DENSE_TILES = (
     Config("", 128, 256, 128, 8, 3),
     Config("", 128, 128, 128, 8, 3),
@@ -138,6 +132,16 @@ _DENSE_TILES = (
     Config("", 128, 128, 64, 8, 2),
     Config("", 64, 128, 64, 4, 4),
     Config("", 64, 64, 64, 4, 4),
+)
+
+
+# Eight warps that multiply (and four, of which one fetches): as one consumer, or as two with tiles of their own.
+_OVERLAPPED_TILES = (
+    Config("", 128, 256, 128, 8, 4),
+    Config("", 256, 128, 128, 8, 4),
+    Config("", 128, 128, 128, 4, 6),
+    Config("", 64, 256, 128, 4, 5),
+    Config("", 64, 128, 128, 4, 8),
 )
 
 
@@ -170,10 +174,27 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "int8": _dense("int8"),
     "expanded": (Config("expanded"), *_dense("expanded")),
     **{
+        route: tuple(dataclasses.replace(tile, route=route, descriptors=True) for tile in _OVERLAPPED_TILES)
+        for route in OVERLAPPED_ROUTES
+    },
+    **{
         route: tuple(Config(route, instance=instance) for instance in range(EXTENSION_TILES))
         for route in EXTENSION_ROUTES
     },
 }
+
+
+def by_pointers(config: Config) -> Config:
+    """What computes instead of ``config``, whose operands descriptors are to read, where they cannot: the same tile, or
+    of an overlapped product the largest of no more outputs.
+    """
+    if config.route not in OVERLAPPED_ROUTES:
+        return dataclasses.replace(config, descriptors=False)
+    plain = CONFIGS["expanded" if config.route.startswith("expanded") else "int8"]
+    area = config.block_m * config.block_n
+    return next(tile for tile in plain if not tile.descriptors and 0 < tile.block_m * tile.block_n <= area)
+
+
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.
 GRADIENT_TILE = Config("gradient", block_m=64, block_n=16, num_warps=8, num_stages=2)
 
@@ -189,10 +210,12 @@ def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
 
 
 BARRIER_BYTES = 64
+BARRIERS_BYTES, LEAST_STAGED = 256, 16384  # of an overlapped product
 WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 # (group, block_m, num_warps) of decoding in the loop that ptxas, on sm_80, holds to two registers less than it takes.
 TOO_FEW_REGISTERS = {(2 * HALF_BLOCK, 64, 8), (32, 32, 4)}
+CONSUMER_WARPS = 8  # that multiply in an overlapped product, as one consumer or as two
 SWIZZLE_BYTES = 128  # of a tile's row in shared memory: the widest that is read without bank conflicts
 
 
@@ -204,7 +227,12 @@ def shared_bytes(config: Config, problem: Problem) -> int:
         weights = config.block_n * HALF_BLOCK * (2 if problem.fmt.bits == 8 else 1)
         return config.num_stages * (2 * config.block_m * HALF_BLOCK * problem.activation_bytes + weights)
     # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
-    output = config.block_m * config.block_n * problem.output_bytes + BARRIER_BYTES if config.descriptors else 0
+    if config.route in OVERLAPPED_ROUTES:
+        # 16-bit results pass through shared memory, half a tile of one consumer at a time and a quarter of two.
+        staged = max(LEAST_STAGED, config.block_m * config.block_n) if problem.output_bytes == 2 else 0
+        output = staged + BARRIERS_BYTES
+    else:
+        output = config.block_m * config.block_n * problem.output_bytes + BARRIER_BYTES if config.descriptors else 0
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output
 
 
@@ -243,6 +271,9 @@ def _route_is_valid(config: Config, problem: Problem) -> bool:
     if config.route == "expanded":
         # fp32 products are cuBLAS': on sm_100 Triton 3.7 rounds the operands to TF32, whatever precision is asked for.
         return problem.activation_bytes == 2 or not config.block_m
+    if config.route in OVERLAPPED_ROUTES:
+        stored = fmt.two_level if config.route.startswith("expanded") else fmt.bits == 8 and not fmt.promoted
+        return integer and stored and problem.capability == OVERLAPPED_CAPABILITY
     if config.route == "expanded_cuda" and not (integer and fmt.two_level):
         return False
     return config.route in EXTENSION_ROUTES and _extension_computes(config, problem)
@@ -290,80 +321,3 @@ def is_valid(config: Config, problem: Problem) -> bool:
 def candidates(problem: Problem) -> Iterator[Config]:
     """Every valid configuration."""
     return (config for route in CONFIGS.values() for config in route if is_valid(config, problem))
-
-
-# The heuristic's constants where nothing was timed: on all but Hopper. What was counted says so.
-# A tile of b_m x b_n costs b_m * b_n * (1 + EDGE_COST * (1 / b_m + 1 / b_n)): operands beside products.
-EDGE_COST = 32.0
-DECODE_COST = {1: 0.12, 2: 0.5}  # share that decoding in the loop adds, by the activations' bytes
-# Of int8 weights that the loop could as well read as a dense product does: on sm_80 the same tile then takes 1.36 times
-# the passes of shared memory (counted). It decides between equal tiles, and no more.
-LOOP_COST = 1.01
-EXPANSION_ROWS = 245.0  # decoding into the scratch costs as much as this many rows of the product
-POINTER_COST = 1.05  # of pointers where the copy engine is at hand
-# cuBLAS has tiles of many shapes and picks one itself; its kernels are taken to be this much faster than ours.
-CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
-CUBLAS_COST = 0.9
-
-
-def _tiled_cost(block_m: int, block_n: int, problem: Problem) -> float:
-    """Waves of tiles over the multiprocessors, times what a tile costs."""
-    tiles = cdiv(problem.rows, block_m) * cdiv(problem.out_features, block_n)
-    return cdiv(tiles, problem.multiprocessors) * block_m * block_n * (1 + EDGE_COST * (1 / block_m + 1 / block_n))
-
-
-def _assumed(config: Config, problem: Problem) -> float:
-    """The figure for a duration where nothing was timed: of no unit, comparable among one problem's configurations."""
-    if config.block_m:
-        cost = _tiled_cost(config.block_m, config.block_n, problem)
-        if family(problem.capability) in WARPGROUP_FAMILIES and not config.descriptors:
-            cost *= POINTER_COST
-    else:
-        cost = CUBLAS_COST * min(_tiled_cost(*tile, problem) for tile in CUBLAS_TILES)
-    if config.route == "expanded":
-        cost += EXPANSION_ROWS * problem.out_features / problem.multiprocessors
-    elif config.route == "in_loop":
-        decodes = problem.fmt.bits == 4 or problem.activation_bytes > 1
-        cost *= 1 + DECODE_COST[problem.activation_bytes] if decodes else LOOP_COST
-    return cost - 1e-3 * config.num_stages  # deeper pipelines first
-
-
-def _on_hopper(config: Config, problem: Problem) -> float:
-    """Microseconds, from what was timed."""
-    shape = problem.rows, problem.out_features, problem.in_features
-    form = config.block_m, config.block_n, config.num_warps, config.num_stages, config.descriptors
-    if config.route == "in_loop":
-        costs = hopper_costs.IN_LOOP[problem.fmt.bits, problem.activation_bytes]
-        return hopper_costs.tiled(costs[form], form, *shape, problem.multiprocessors)
-    if config.route in EXTENSION_ROUTES:
-        cost = hopper_costs.extension_product(config.instance, *shape, problem.multiprocessors)
-    elif problem.activation_bytes == 1:
-        cost = hopper_costs.tiled(hopper_costs.DENSE_INT8[form], form, *shape, problem.multiprocessors)
-    else:
-        cost = hopper_costs.cublas(*shape) * (hopper_costs.DENSE_16_TO_CUBLAS if config.block_m else 1.0)
-    if config.route.startswith("expanded"):
-        cost += hopper_costs.expansion(problem.out_features, problem.in_features, problem.activation_bytes)
-    return cost
-
-
-def estimate(config: Config, problem: Problem) -> float:
-    """The heuristic's figure for the duration, comparable among the configurations of one problem; in microseconds on
-    Hopper.
-    """
-    # The extension's product of few rows was the faster one wherever both ran.
-    if config.route == "cuda" and problem.activation_bytes > 1:
-        return -1.0
-    if config.route == "small":  # nothing reads the weights of one row faster
-        return 0.0 if problem.rows <= FEWEST_ROWS or problem.activation_bytes > 2 else math.inf
-    return (_on_hopper if family(problem.capability) == 9 else _assumed)(config, problem)
-
-
-def heuristic(problem: Problem, extension: bool = True) -> Config:
-    """The valid configuration with the smallest :func:`estimate`; the first listed among equals.
-
-    Args:
-        extension: whether the CUDA extension may be chosen. It is where it was timed: on Hopper.
-    """
-    extension = extension and family(problem.capability) == 9
-    possible = (config for config in candidates(problem) if extension or config.route not in EXTENSION_ROUTES)
-    return min(possible, key=lambda config: estimate(config, problem))

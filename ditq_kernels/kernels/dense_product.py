@@ -7,7 +7,6 @@ while it stores the last. With pointers there is one program a tile.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -16,11 +15,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..layer.gated_residual import GatedResidual
-from .config import Config, cdiv
+from .config import OVERLAPPED_ROUTES, Config, by_pointers, cdiv
 from .decode import matrix_operand_type
 from .epilogue import epilogue, gated, store_tile
 from .interpreter import interpreting
 from .launch import launch
+from .overlapped_product import overlapped_product
 from .tile_order import tile_position
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the first element
@@ -137,12 +137,14 @@ def dense_product(
     16-bit, scaled and biased as far as given; ``added``: what it is added to. Operands that descriptors cannot read are
     read by pointers.
     """
+    if config.descriptors and not (takes_descriptors(x) and takes_descriptors(w)):
+        config = by_pointers(config)
+    if config.route in OVERLAPPED_ROUTES:
+        return overlapped_product(x, w, sx, scale, bias, y, config, multiprocessors, added)
     rows, in_features = x.shape
     out_features = w.shape[0]
     tiles = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
     left, right, programs = x, w, tiles
-    if config.descriptors and not (takes_descriptors(x) and takes_descriptors(w)):
-        config = dataclasses.replace(config, descriptors=False)
     if config.descriptors:
         left = TensorDescriptor(x, [rows, in_features], [x.stride(0), 1], [config.block_m, config.block_k])
         right = TensorDescriptor(w, [out_features, in_features], [w.stride(0), 1], [config.block_n, config.block_k])

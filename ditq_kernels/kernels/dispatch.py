@@ -12,7 +12,7 @@ from ..layer.formats import WeightFormat
 from ..layer.gated_residual import GatedResidual
 from ..layer.packed_weight import PackedWeight
 from . import tables
-from .config import Config, Problem, row_class
+from .config import OVERLAPPED_ROUTES, Config, Problem, row_class
 from .dense_product import dense_product
 from .device import Device, describe, launch_device
 from .expansion import expanded_product
@@ -109,6 +109,8 @@ def adds_residuals(config: Config) -> bool:
     """Whether what a product is added to is added where it is stored, and not by a pass of its own. With the largest
     tiles a persistent program has no registers for it (ptxas spills 14 on sm_90).
     """
+    if config.route in OVERLAPPED_ROUTES:
+        return True
     has_registers = not config.descriptors or config.block_m * config.block_n <= LARGEST_ADDED
     return config.route in ("in_loop", "int8", "expanded") and config.block_m > 0 and has_registers
 
@@ -135,7 +137,7 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
             return small_product(operands, config)
         if config.route == "in_loop":
             return in_loop_product(operands, config)
-        if config.route in ("expanded", "expanded_cuda"):
+        if config.route.startswith("expanded"):
             return expanded_product(operands, config, device.multiprocessors)
         if config.route == "cuda":
             return _extension_product(operands, config)

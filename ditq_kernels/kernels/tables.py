@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
-from .config import EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, heuristic, is_valid
+from .config import EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, is_valid
+from .estimates import heuristic
 
 SHIPPED = Path(__file__).parent / "measured"
 DIRECTORY_VARIABLE = "DITQ_TABLES"

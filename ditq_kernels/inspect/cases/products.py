@@ -9,7 +9,16 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ...kernels import dispatch
-from ...kernels.config import CONFIGS, EXTENSION_ROUTES, ROW_CLASSES, Config, Problem, arithmetic, is_valid
+from ...kernels.config import (
+    CONFIGS,
+    EXTENSION_ROUTES,
+    OVERLAPPED_ROUTES,
+    ROW_CLASSES,
+    Config,
+    Problem,
+    arithmetic,
+    is_valid,
+)
 from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
 from ...layer.gated_residual import GatedResidual
@@ -56,7 +65,8 @@ def ragged_shape(config: Config, number: int) -> tuple[int, int, int]:
         return config.block_m, 5 * config.block_n + 1, RAGGED_INPUTS
     height, width = config.block_m or 17, config.block_n or 64
     if config.descriptors:
-        return height + 2, width + 24, RAGGED_INPUTS
+        many = config.route in OVERLAPPED_ROUTES  # so that consumers have several turns
+        return height + 2, (width << many) + 24, RAGGED_INPUTS
     return (height + 2, width - 8, RAGGED_INPUTS) if number % 2 else (height - 3, width + 24, RAGGED_INPUTS)
 
 
@@ -143,7 +153,12 @@ def _of_format(fmt: WeightFormat, arch: int) -> Iterator[Case]:
         for number, config in enumerate(configs):
             first = config.route not in seen
             seen.add(config.route)
-            if config.route != "expanded" or not config.block_m or first or fmt.name in EXPANDED_WITH_EVERY_TILE:
+            if (
+                not config.route.startswith("expanded")
+                or not config.block_m
+                or first
+                or fmt.name in EXPANDED_WITH_EVERY_TILE
+            ):
                 yield from _of_config(fmt, activation_bytes, config, number, config in quickly, arch)
 
 

@@ -166,7 +166,8 @@ class Machine:
             self.alive = None if places is None else places != end
             after = self._block(self.program.blocks[block], mask)
             go, target = (None, block + 1) if after is None else after  # falls through
-            if places is None and not self.thread_barriers.holds_any and (go is None or go.size == 1 or _alike(go)):
+            alike = isinstance(target, int) and (go is None or go.size == 1 or _alike(go))
+            if places is None and not self.thread_barriers.holds_any and alike:
                 block = target if go is None or go[0] else block + 1
                 continue
             if places is None:
@@ -233,7 +234,7 @@ class Machine:
                 elif mask is not None:
                     active = active & mask
             elif run is None:
-                after = None, instruction.target
+                after = None, self._picked(instruction, mask)
                 break
             try:
                 if self.matrices.flying:
@@ -252,6 +253,19 @@ class Machine:
             for wait, count in steps.waits.items():
                 self.counters.waits[wait] += warps * count
         return after
+
+    def _picked(self, instruction, mask):
+        """Where a branch leads: one block, or, of a table, one for each lane."""
+        table = instruction.target
+        if not isinstance(table, np.ndarray):
+            return table
+        which = self.registers[instruction.operands[0].index]
+        asked = which if which.size == 1 else which[self.chosen(mask)]
+        if (asked >= len(table)).any():
+            raise Fault(f"a branch to place {asked.max()} of a table of {len(table)} [{instruction.text}]")
+        if (asked == asked[0]).all():
+            return int(table[asked[0]])
+        return table[np.minimum(self.spread(which), len(table) - 1)]
 
     # What instructions ask for.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+
+import numpy as np
 
 from .syntax import (
     SINK,
@@ -30,7 +33,7 @@ _PARAMETER = re.compile(
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ARRAY = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(\[(\d*)\])?\s*;")
 # Control may leave behind these, and a thread may have to wait in these.
-_ENDS = {"bra", "ret", "exit", "bar", "barrier"}
+_ENDS = {"bra", "brx", "ret", "exit", "bar", "barrier"}
 
 
 class _Scopes:
@@ -175,6 +178,9 @@ def _instruction(statement, scopes):
     instruction.guard = scopes.find(guard) if guard else None
     if opcode.startswith("bra"):
         instruction.operands = [(rest.strip(), tuple(scopes.path))]
+    elif opcode == "brx.idx":
+        which, table = _split(rest)
+        instruction.operands = [_operand(which, scopes), (table, tuple(scopes.path))]
     else:
         instruction.operands = [_operand(part, scopes) for part in _split(rest)]
     return instruction
@@ -213,7 +219,7 @@ def parse(text: str) -> Kernel:
     cluster = re.search(r"\.reqnctapercluster\s+(\d+)((?:\s*,\s*\d+)*)", attributes)
     if cluster and set(re.findall(r"\d+", cluster.group(2))) - {"1"}:
         raise PtxError(f"a cluster along y or z: {cluster.group()}")
-    scopes, code, labels = _Scopes(), [], {}
+    scopes, code, labels, tables = _Scopes(), [], {}, {}
     body = _body(text, found.end())
     line, counted = 1 + text.count("\n", 0, found.end()), 0
     for kind, statement, at in _statements(body):
@@ -224,10 +230,13 @@ def parse(text: str) -> Kernel:
             scopes.pop()
         elif kind == "label":
             labels[statement, scopes.path[-1]] = len(code)
+            label = statement
         elif statement.startswith(".reg"):
             scopes.declare(statement)
         elif statement.startswith((".shared", ".local")):
             continue  # read by _arrays
+        elif statement.startswith(".branchtargets"):  # behind its own label
+            tables[label, scopes.path[-1]] = _split(statement.removeprefix(".branchtargets"))
         elif statement.startswith("."):
             raise PtxError(f"directive {statement!r}")
         else:
@@ -239,7 +248,7 @@ def parse(text: str) -> Kernel:
         name,
         list(_parameters(parameters)),
         int(threads.group(1)) if threads else None,
-        _blocks(code, labels),
+        _blocks(code, labels, tables),
         scopes.widths,
         scopes.names,
         shared,
@@ -250,19 +259,28 @@ def parse(text: str) -> Kernel:
     )
 
 
-def _blocks(code, labels):
+def _in_scope(places, name, path):
+    """What ``places`` has for a label of the innermost of the scopes ``path`` that has it."""
+    for scope in reversed(path):
+        if (name, scope) in places:
+            return places[name, scope]
+    raise PtxError(f"no label {name}")
+
+
+def _blocks(code, labels, tables):
     """Basic blocks, with branches resolved to them."""
-    targets = {}
+    targets = {}  # by instruction: where each of the blocks begins that it may lead to
     for i, instruction in enumerate(code):
         if instruction.parts[0] == "bra":
-            label, path = instruction.operands[0]
-            places = [labels[label, scope] for scope in reversed(path) if (label, scope) in labels]
-            if not places:
-                raise PtxError(f"no label {label}")
-            targets[i] = places[0]
-    starts = {0, *targets.values(), *(i + 1 for i, ins in enumerate(code) if ins.parts[0] in _ENDS)}
+            targets[i] = [_in_scope(labels, *instruction.operands[0])]
+        elif instruction.parts[0] == "brx":
+            table, path = instruction.operands.pop()
+            targets[i] = [_in_scope(labels, label, path) for label in _in_scope(tables, table, path)]
+    reached = itertools.chain(*targets.values())
+    starts = {0, *reached, *(i + 1 for i, ins in enumerate(code) if ins.parts[0] in _ENDS)}
     starts = sorted(start for start in starts if start < len(code))
     number = {start: i for i, start in enumerate(starts)}
-    for i, target in targets.items():
-        code[i].target = number.get(target, len(starts))
+    for i, places in targets.items():
+        leads = [number.get(place, len(starts)) for place in places]
+        code[i].target = leads[0] if code[i].parts[0] == "bra" else np.array(leads)
     return [code[start:end] for start, end in zip(starts, [*starts[1:], len(code)], strict=True)]

@@ -88,8 +88,10 @@ def _translate(instruction, kernel, end: int) -> Callable | None:
         if kind != "bra":
             instruction.target = end
         return None
-    if not is_known(instruction.opcode):
+    if not is_known(instruction.opcode) or (kind == "brx" and instruction.guard):
         raise Unsupported(instruction.text)
+    if kind == "brx":
+        return None
     return BUILDERS[kind](instruction, kernel)
 
 

@@ -58,6 +58,7 @@ SPELLINGS: dict[str, str] = {
     r"|arrive(\.expect_tx)?(\.release\.(cta|cluster))?(\.shared(::(cta|cluster))?)?)\.b64",
     "mapa": r"(\.shared::cluster)?\.u(32|64)",
     "createpolicy": r"\.fractional\.L2::evict_(last|normal|first|unchanged)\.b64",
+    "brx": r"\.idx",
     "bar": r"(\.cta)?\.(sync|arrive|warp\.sync)",
     "barrier": r"((\.cta)?\.(sync|arrive)|\.cluster\.(arrive(\.release|\.relaxed)?|wait(\.acquire)?))(\.aligned)?",
     "fence": rf"\.(proxy\.async(\.global|{_SHARED})?|mbarrier_init\.release\.cluster"

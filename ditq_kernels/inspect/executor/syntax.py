@@ -6,13 +6,30 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 # Bytes of each type; predicates are kept as one boolean.
 WIDTH = {kind + str(bits): bits // 8 for bits in (8, 16, 32, 64) for kind in "bsu"}
 WIDTH |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f32x2": 8, "f64": 8, "pred": 0, "b128": 16}
 WIDTH |= {"s16x2": 4, "u16x2": 4}
 # Opcodes whose first operand is no result.
 WITHOUT_RESULT = frozenset(
-    ("st", "bar", "barrier", "bra", "ret", "exit", "cp", "fence", "membar", "red", "prefetch", "trap", "setmaxnreg")
+    (
+        "st",
+        "bar",
+        "barrier",
+        "bra",
+        "brx",
+        "ret",
+        "exit",
+        "cp",
+        "fence",
+        "membar",
+        "red",
+        "prefetch",
+        "trap",
+        "setmaxnreg",
+    )
 )
 
 
@@ -88,7 +105,7 @@ class Instruction:
     """Attributes:
     opcode: with its modifiers; ``parts`` are these, apart.
     guard: the predicate that it depends on, or None; ``guard_is_negated``.
-    target: the block that a branch leads to.
+    target: the block that a branch leads to; the blocks of a table, of which the operand of ``brx.idx`` picks one.
     line: of the text in which it begins, from 1.
     fresh: of wgmma, the registers that its block has touched before it; behind the last wgmma.fence if there has been
         one in the block (``fenced``).
@@ -99,7 +116,7 @@ class Instruction:
     guard: Register | None
     guard_is_negated: bool
     text: str
-    target: int | None = None
+    target: int | np.ndarray | None = None
     line: int = 0
     fresh: frozenset[int] = frozenset()
     fenced: bool = False
