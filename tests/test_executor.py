@@ -281,7 +281,7 @@ setp.lt.u32 %p4, %r1, 3;
 @%p4 bra PRODUCE;
 bra END;
 CONSUME:
-setmaxnreg.inc.sync.aligned.u32 232;
+setmaxnreg.inc.sync.aligned.u32 256;
 TURN:
 and.b32 %r2, %r1, 1;
 FULL:

@@ -38,6 +38,8 @@ def findings():
     yield 90, dataclasses.replace(find(90, "quantize per token"), issue_budget=0.7)
     yield 80, dataclasses.replace(find(80, "w8 expansion to fp32"), options=dict(num_warps=4))
     yield 90, with_blocks(find(90, "quantize per token"), BLOCK_K=1000)
+    yield 90, dataclasses.replace(find(90, "dense i8 int8 128x128x128 warps=8 stages=3 K"), in_flight=True)
+    yield 90, dataclasses.replace(find(90, "quantize per token"), in_flight=True)
 
 print(json.dumps([inspection.inspect_variants([variant], arch)[0].failures for arch, variant in findings()]))
 """
@@ -113,6 +115,8 @@ def test_every_valid_configuration_is_inspected():
                     few = candidate.route == "small" and (size == 4 or fmt.group in (32, 64))
                     candidate = config.CONFIGS["small"][-1] if few else candidate
                     assert f"{fmt.name} x {kind} {candidate}" in compiled
+                elif candidate.route in config.OVERLAPPED_ROUTES:
+                    assert str(dataclasses.replace(candidate, route="overlapped")) in compiled
                 elif candidate.block_m:  # int8 operands are multiplied alike, wherever they come from
                     shown = dataclasses.replace(candidate, route="int8") if size == 1 else candidate
                     assert f"dense {kind} {shown}" in compiled
@@ -121,7 +125,7 @@ def test_every_valid_configuration_is_inspected():
 def test_bad_configurations_fail():
     result = compiling_process("-c", BAD_CONFIGURATIONS)
     assert result.returncode == 0, result.stderr
-    spills, shared, narrow, slow, stored, loopless, without_product, broken = json.loads(result.stdout)
+    spills, shared, narrow, slow, stored, loopless, without_product, broken, *waiting = json.loads(result.stdout)
     assert any("spill instructions" in failure for failure in spills)
     assert any("shared memory, more than" in failure for failure in shared)
     assert any("IMMA" in failure and "not ['IGMMA']" in failure for failure in narrow)
@@ -130,6 +134,8 @@ def test_bad_configurations_fail():
     assert loopless == ["its main loop was not recognised"]
     assert without_product == ["2 spill instructions"]
     assert len(broken) == 1 and broken[0].startswith("did not compile: ") and "power of 2" in broken[0]
+    in_flight = "a matrix product is to stay in flight: "
+    assert waiting == [[in_flight + "1 waits in its loop do not"], [in_flight + "no loop was recognised"]]
 
 
 def test_a_driver_that_disagrees_is_a_failure():
@@ -212,6 +218,11 @@ CALLS = f"""
 def test_assembly_that_reads_one_operand_for_others_is_found():
     assert packed_operands.disagreeing_calls(CALLS) == ["operand $4 is i32 %3, but $2, i32 %2, is read for it"]
     assert packed_operands.disagreeing_calls(CALLS.replace("%3, i32 %3", "%2, i32 %2")) == []
+    pair = "{ ptr addrspace(3), i32 } { ptr addrspace(3) %4, i32 0 }"  # one operand
+    assert (
+        packed_operands.disagreeing_calls(f'tail call void asm sideeffect "@$0 arrive [$1];", "b,r"(i1 %6, {pair})')
+        == []
+    )
 
 
 # The gradient with the decoder of int8 products, whose four bytes have to be of one output: on sm_80 they are of four.

@@ -10,7 +10,7 @@ from oracle import COMPILED, activations, assert_product, linear
 
 from ditq_kernels import QuantLinear
 from ditq_kernels.kernels import config, dense_product, dispatch, expansion, gradient, in_loop_product, small_product
-from ditq_kernels.kernels.config import CONFIGS, EXTENSION_ROUTES, Config
+from ditq_kernels.kernels.config import CONFIGS, EXTENSION_ROUTES, OVERLAPPED_ROUTES, Config
 from ditq_kernels.kernels.dense_product import dense_product_kernel
 from ditq_kernels.kernels.expansion import expansion_kernel
 from ditq_kernels.kernels.in_loop_product import in_loop_product_kernel
@@ -199,9 +199,11 @@ def test_expansion_is_the_decoded_weight(fmt, device):
         assert torch.equal(scratch, reference.decode(weight)[128:])
 
 
-def test_operands_that_descriptors_cannot_read_are_read_by_pointers(device):
+@pytest.mark.parametrize(
+    "tile", [dataclasses.replace(INT8, descriptors=True), *CONFIGS["overlapped"]], ids=lambda tile: str(tile)
+)
+def test_operands_that_descriptors_cannot_read_are_read_by_pointers(tile, device):
     """Rows that begin between 16-byte boundaries: K = 130, and a first element one byte off."""
-    tile = dataclasses.replace(INT8, descriptors=True)
     fmt = WEIGHT_FORMATS["w8"]
     weight, bias = stored(fmt, 72, 128, device)
     shifted = torch.randint(-127, 128, (20, 145), dtype=torch.int8, device=device)[:, 1:129]
@@ -284,4 +286,5 @@ def test_nothing_is_compiled_when_only_m_changes(name, device):
 
 def test_every_route_has_a_case_here():
     tested = {tile.route for tile in (*SMALL, IN_LOOP, INT8, EXPANDED)}
-    assert tested | set(EXTENSION_ROUTES) == set(CONFIGS)
+    # Gluon has no interpreter: test_overlapped_product.py.
+    assert tested | set(EXTENSION_ROUTES) | set(OVERLAPPED_ROUTES) == set(CONFIGS)

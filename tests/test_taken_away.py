@@ -2,6 +2,7 @@
 harmless for a reason that is known.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -22,7 +23,9 @@ from changed_kernels import (
 
 # What is taken away, and what is left in its place.
 KINDS = {
-    "barrier": (r"^\s*bar\.sync\s+0;", ""),
+    "barrier": (r"^\s*bar\.sync\s+\d+(, \d+)?;", ""),
+    "barrier of all": (r"^\s*barrier\.sync\s+\d+;", ""),
+    "registers": (r"setmaxnreg[^;]*;", ""),
     "copy wait": (r"cp\.async\.wait_group\s+\d+;", ""),
     "copy commit": (r"cp\.async\.commit_group;", ""),
     "proxy fence": (r"fence\.proxy\.async\.shared::cta;", ""),
@@ -32,9 +35,11 @@ KINDS = {
     "mbarrier init": (r"@%p\d+ mbarrier\.init[^;]*;", ""),
     "mbarrier expect": (r"@%p\d+ mbarrier\.arrive\.expect_tx[^;]*;", ""),
     "mbarrier wait": (r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 complete, 0, 0;"),
+    "mbarrier arrival": (r"@%p\d+ mbarrier\.arrive\.shared[^;]*;", ""),
     "mbarrier end": (r"@%p\d+ mbarrier\.inval[^;]*;", ""),
 }
 
+OVERLAPPED = "overlapped"
 TOGETHER = "all that are harmless one by one"
 
 
@@ -50,6 +55,9 @@ def computations(arch):
         config = smallest("w8", 1, "int8", arch, descriptors=True)
         # Two programs share three tiles.
         yield "dense descriptors", product("w8", torch.int8, config, (config.block_m, 192, INPUTS), arch)
+        # Two programs share six tiles: the first consumer has two turns, and every stage is filled several times.
+        config = dataclasses.replace(smallest("w8", 1, "overlapped", arch, descriptors=True), num_stages=2)
+        yield OVERLAPPED, product("w8", torch.int8, config, (2 * config.block_m, 3 * config.block_n, 256), arch)
         yield "gradient w8", gradient("w8", (64, 256, 128), arch)
 
 
@@ -91,6 +99,13 @@ ENDS = "nothing uses the memory again"
 NEXT_COMMIT = "the next commit closes its copies as well, soon enough for the wait"
 NEXT_WAIT = "the next commit and wait hold for its products as well, and nothing touches these between"
 FIRST_FENCE = "nothing is touched between the first fence and this one that the second product takes"
+ONE_WARPGROUP = (
+    "a consumer's warps are together where they wait for their products; and of the barriers before a scratch is used "
+    "again, one has to be there"
+)
+NO_PARTITION = "warps without work only follow the others"
+CODE_IS_UNKNOWN = "how many registers the code between needs is the assembler's to say; afterwards nobody needs them"
+BEGUN = "an mbarrier is taken to be seen by copies as soon as the warps have met"
 IN_LOOP_8, IN_LOOP_16 = "in_loop w4_g128 x i8", "in_loop w8 x bf16"
 
 # [architecture, kernel, kind]: what may be taken away, one by one; whether all of it together is found missing; why.
@@ -113,6 +128,10 @@ HARMLESS = {
     (90, "dense", "copy commit"): ((0,), False, NEXT_COMMIT),
     (90, "dense descriptors", "barrier"): ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12), True, EACH_OTHER),
     (90, "dense descriptors", "mbarrier end"): ((0, 1, 2, 3), False, ENDS),
+    (90, OVERLAPPED, "barrier"): ((0, 1, 2, 6, 7, 8, 9, 10, 14, 15), True, ONE_WARPGROUP),
+    (90, OVERLAPPED, "barrier of all"): ((11, 12), False, NO_PARTITION),
+    (90, OVERLAPPED, "registers"): ((5, 8, 11), False, CODE_IS_UNKNOWN),
+    (90, OVERLAPPED, "proxy fence"): ((0,), False, BEGUN),
     (90, "gradient w8", "copy commit"): ((0, 1, 3, 4), False, NEXT_COMMIT),
     (90, "gradient w8", "proxy fence"): ((1,), False, "nothing is stored between the first fence and this one"),
     (90, "gradient w8", "matrix fence"): ((1,), False, FIRST_FENCE),

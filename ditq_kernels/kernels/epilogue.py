@@ -11,37 +11,22 @@ import triton.language as tl
 
 
 @triton.jit
-def scaled(acc, sx, scale, bias):
-    """fp32 values of an accumulator, of parts that are shaped to broadcast. Absent ones are None: ``sx`` of activations
-    in their own dtype, ``scale`` of weights that are scaled already.
-    """
-    y = acc.to(tl.float32)
-    if sx is not None:
-        y = y * sx
-    if scale is not None:
-        y = y * scale
-    if bias is not None:
-        y = y + bias.to(tl.float32)
-    return y
-
-
-@triton.jit
-def _load(pointer, index):
-    if pointer is None:
-        return None
-    else:  # in a branch of its own: the compiler wants one type of all it reaches, and reaches what follows a return
-        return tl.load(pointer + index)
-
-
-@triton.jit
 def epilogue(acc, sx, scale, bias, m, n, RAW: tl.constexpr):
-    """:func:`scaled` of an accumulator whose axes ``m`` and ``n`` index (each shaped to broadcast), whose parts lie at
-    pointers; or int32 untouched if ``RAW``.
+    """fp32 values of an accumulator whose axes ``m`` and ``n`` index (each shaped to broadcast), or int32 untouched if
+    ``RAW``. Absent parts are None: ``sx`` of activations in their own dtype, ``scale`` of weights that are scaled
+    already.
     """
     if RAW:
         return acc
-    else:
-        return scaled(acc, _load(sx, m), _load(scale, n), _load(bias, n))
+    else:  # in a branch of its own: the compiler wants one type of all it reaches, and reaches what follows a return
+        y = acc.to(tl.float32)
+        if sx is not None:
+            y = y * tl.load(sx + m)
+        if scale is not None:
+            y = y * tl.load(scale + n)
+        if bias is not None:
+            y = y + tl.load(bias + n).to(tl.float32)
+        return y
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..layer.gated_residual import GatedResidual
 from .config import CONSUMER_WARPS, SWIZZLE_BYTES, Config, cdiv
-from .epilogue import gated, scaled, store_tile
+from .epilogue import gated, store_tile
 from .launch import launch
 from .tile_order import tile_position
 
@@ -126,12 +126,13 @@ def _rows_of_threads(block_n, element_bytes, warps):
 
 
 @gluon.jit
-def _part(pointer, index, limit, axis: gl.constexpr):
-    """What a row or a column of a tile is scaled by, once a thread, or None; ``axis`` is the one that it has not."""
-    if pointer is None:
-        return None
-    else:
-        return gl.expand_dims(gl.load(pointer + index, mask=index < limit, other=0), axis)
+def _of_rows(pointer, m, M):
+    return gl.load(pointer + m, mask=m < M, other=0)[:, None]
+
+
+@gluon.jit
+def _of_columns(pointer, n, N):
+    return gl.load(pointer + n, mask=n < N, other=0)[None, :]
 
 
 @gluon.jit
@@ -161,8 +162,14 @@ def _store_columns(total, first_m, first_n, parts, added, y, stride_y, M, N, RAW
     m = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, sums))
     n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, sums))
     value = total
-    if not RAW:
-        value = scaled(total, _part(sx, m, M, 1), _part(scale, n, N, 0), _part(bias, n, N, 0))
+    if not RAW:  # as in epilogue, but a thread loads each factor once
+        value = total.to(gl.float32)
+        if sx is not None:
+            value = value * _of_rows(sx, m, M)
+        if scale is not None:
+            value = value * _of_columns(scale, n, N)
+        if bias is not None:
+            value = value + _of_columns(bias, n, N).to(gl.float32)
     m, n = m[:, None], n[None, :]
     element_bytes: gl.constexpr = y.dtype.element_ty.primitive_bitwidth // 8
     if element_bytes == 2:  # four threads have 32 bytes of a row of sums, a sector, of 4-byte elements only

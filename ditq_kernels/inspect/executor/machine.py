@@ -20,6 +20,7 @@ from .faults import LOCAL_BASE, MOST_PEERS, PEER, POISON, SHARED_BASE, UNSIGNED,
 from .global_memory import GlobalMemory
 from .mbarriers import MOST_MBARRIERS, Barriers
 from .program import Program
+from .register_pool import RegisterPool
 from .shared_memory import SharedMemory
 from .thread_barriers import ThreadBarriers
 
@@ -119,6 +120,7 @@ class Machine:
         self.mbarriers = Barriers(self.clocks)
         self.thread_barriers = ThreadBarriers(self)
         self.cluster_barriers = ClusterBarriers(self)
+        self.register_pool = RegisterPool(self, kernel.registers)
         self.stalled = np.zeros(self.lanes, np.bool_)  # lanes that found an mbarrier's phase incomplete
         self.idle_waits = 0
 
@@ -167,7 +169,7 @@ class Machine:
             after = self._block(self.program.blocks[block], mask)
             go, target = (None, block + 1) if after is None else after  # falls through
             alike = isinstance(target, int) and (go is None or go.size == 1 or _alike(go))
-            if places is None and not self.thread_barriers.holds_any and alike:
+            if places is None and alike and not (self.thread_barriers.holds_any or self.register_pool.holds_any):
                 block = target if go is None or go[0] else block + 1
                 continue
             if places is None:
@@ -186,17 +188,19 @@ class Machine:
         alive = places != end
         if not alive.any():
             return None
-        free = alive & ~self.thread_barriers.held
+        free = alive & ~(self.thread_barriers.held | self.register_pool.held)
         if not (free & ~self.stalled).any():
             self.alive = alive
             opened = self.thread_barriers.release_for_the_living(alive)
             if not (self.cluster_barriers.release_for_the_living() or opened):
+                if self.register_pool.holds_any:
+                    raise Fault("threads wait for registers, and nobody is left to give any up")
                 if free.any():
                     raise Fault("threads wait for mbarriers, and nobody is left to arrive")
                 if self.cluster_barriers.waiting.any():
                     raise Fault("the barrier of a cluster is reached by some of its threads only")
                 raise Fault("a barrier is reached by some threads of a block only")
-            free = alive & ~self.thread_barriers.held
+            free = alive & ~(self.thread_barriers.held | self.register_pool.held)
         free &= ~self.stalled
         left = free
         while left.any():

@@ -33,7 +33,7 @@ _PARAMETER = re.compile(
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ARRAY = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(\[(\d*)\])?\s*;")
 # Control may leave behind these, and a thread may have to wait in these.
-_ENDS = {"bra", "brx", "ret", "exit", "bar", "barrier"}
+_ENDS = {"bra", "brx", "ret", "exit", "bar", "barrier", "setmaxnreg"}
 
 
 class _Scopes:
@@ -216,6 +216,7 @@ def parse(text: str) -> Kernel:
         raise PtxError("several entries" if more else "no entry")
     name, parameters, attributes = found.groups()
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
+    registers = re.search(r"\.maxnreg\s+(\d+)", attributes)
     cluster = re.search(r"\.reqnctapercluster\s+(\d+)((?:\s*,\s*\d+)*)", attributes)
     if cluster and set(re.findall(r"\d+", cluster.group(2))) - {"1"}:
         raise PtxError(f"a cluster along y or z: {cluster.group()}")
@@ -256,6 +257,7 @@ def parse(text: str) -> Kernel:
         local,
         local_bytes,
         int(cluster.group(1)) if cluster else None,
+        int(registers.group(1)) if registers else None,
     )
 
 

@@ -51,7 +51,7 @@ class Program:
     has_matrices: bool
 
 
-_OF_WHOLE_WARPS = {"shfl", "redux", "elect", "mma", "ldmatrix", "stmatrix", "bar", "barrier"}
+_OF_WHOLE_WARPS = {"shfl", "redux", "elect", "mma", "ldmatrix", "stmatrix", "bar", "barrier", "setmaxnreg"}
 _OF_SEVERAL_KINDS = {"ld", "st", "wgmma", "mbarrier"}
 _ELEMENT_BYTES = {"ldmatrix": 4, "mbarrier": 8}
 

@@ -158,6 +158,7 @@ class Kernel:
         static_shared: bytes of the arrays of known size.
         local: bytes of each thread's own memory.
         cluster: thread blocks of a cluster, along x; None where the launch says so.
+        registers: of a thread at first; None where the assembler says so.
     """
 
     name: str
@@ -171,3 +172,4 @@ class Kernel:
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
     cluster: int | None = None
+    registers: int | None = None

@@ -6,7 +6,10 @@ import numpy as np
 
 from .faults import WARP, Fault, Unsupported
 from .operands import DTYPE, destination, opcode, source
+from .register_pool import UNIT
 from .syntax import Immediate, Pair
+
+LEAST_REGISTERS, MOST_REGISTERS = 24, 256  # of a thread, that setmaxnreg may say
 
 
 @opcode("bar", "barrier")
@@ -134,9 +137,22 @@ def elect(instruction, kernel):
     return run
 
 
-@opcode("membar", "griddepcontrol", "setmaxnreg", "nanosleep", "discard", "prefetch")
+@opcode("setmaxnreg")
+def set_registers(instruction, kernel):
+    count, takes = instruction.operands[0].bits, instruction.parts[1] == "inc"
+    if not LEAST_REGISTERS <= count <= MOST_REGISTERS or count % UNIT:
+        raise Fault(f"{count} registers of a thread [{instruction.text}]")
+
+    def run(m, mask):
+        pool = m.register_pool
+        (pool.take if takes else pool.give_up)(mask, count)
+
+    return run
+
+
+@opcode("membar", "griddepcontrol", "nanosleep", "discard", "prefetch")
 def nothing(instruction, kernel):
-    """What changes when things happen, or how many registers there are, and no value."""
+    """What changes when things happen, and no value."""
     return lambda m, mask: None
 
 
