@@ -210,7 +210,7 @@ def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
 
 
 BARRIER_BYTES = 64
-BARRIERS_BYTES, LEAST_STAGED = 256, 16384  # of an overlapped product
+BARRIERS_BYTES, LEAST_STAGED = 512, 16384  # of an overlapped product
 WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 # (group, block_m, num_warps) of decoding in the loop that ptxas, on sm_80, holds to two registers less than it takes.
