@@ -50,7 +50,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("config", "early_start", "launch"),
         ("device", "estimates"),
         ("tables", "overlapped_product"),
-        ("activation", "dense_product", "in_loop_product", "small_product"),
+        ("activation", "dense_product", "heads", "in_loop_product", "small_product"),
         ("expansion",),
         ("gradient", "dispatch"),
         ("__init__", "cuda"),
@@ -69,7 +69,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "model/fused_blocks": (
         ("block",),
-        ("passes", "rms_norm", "timesteps"),
+        ("flux_attention", "passes", "rms_norm", "timesteps"),
         ("basic", "flux", "qwen_image", "sd3", "wan"),
         ("__init__",),
     ),
@@ -104,7 +104,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "inspect/executor": (
         ("__init__", "syntax", "spelling", "faults"),
         ("counters",),
-        ("parser", "operands", "clocks", "global_memory", "tensor_core"),
+        ("parser", "operands", "clocks", "global_memory", "register_pool", "tensor_core"),
         ("floats", "bits", "memory_access", "copies", "threads", "shared_memory", "mbarriers"),
         ("integers", "conversions", "matrices"),
         ("wgmma",),

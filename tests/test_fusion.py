@@ -213,7 +213,7 @@ def test_in_16_bits_it_is_no_further_from_fp32(name, dtype):
 
 def cast(value, dtype):
     if isinstance(value, dict):
-        return {key: cast(one, dtype) for key, one in value.items()}
+        return {key: one if key == "image_rotary_emb" else cast(one, dtype) for key, one in value.items()}
     return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
@@ -249,7 +249,8 @@ def _flux_block(model, double=True):
     block = (model.transformer_blocks if double else model.single_transformer_blocks)[0]
     width = model.inner_dim
     x, text, temb = torch.randn(1, 9, width), torch.randn(1, 5, width), torch.randn(1, width)
-    return block, dict(hidden_states=x, encoder_hidden_states=text, temb=temb)
+    rotary = tuple(torch.randn(2, 14, block.attn.head_dim))
+    return block, dict(hidden_states=x, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
 
 
 BLOCKS = {
@@ -265,8 +266,8 @@ BLOCKS = {
         ("DiT", "w8a8", 46, 21),
         ("DiT", "w4a8_g32", 46, 21),
         ("DiT", "w4a16_g32", 40, 23),
-        ("FLUX", "w8a8", 90, 54),
-        ("FLUX single", "w8a8", 38, 24),
+        ("FLUX", "w8a8", 106, 20),
+        ("FLUX single", "w8a8", 54, 9),
     ],
 )
 def test_a_block_launches_less(name, scheme, unfused, fused):

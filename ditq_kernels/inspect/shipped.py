@@ -15,6 +15,7 @@ from ..kernels import (
     early_start,
     expansion,
     gradient,
+    heads,
     in_loop_product,
     overlapped_product,
     small_product,
@@ -200,6 +201,19 @@ def _activation(arch: int) -> Iterator[Variant]:
             yield Variant(name, activation.norm_modulate_kernel, types, constants, options)
 
 
+def _attention_inputs(arch: int) -> Iterator[Variant]:
+    """FLUX's heads, of one stream and of two; and those of other models, and without norms."""
+    for count, channels, values, kind, normed in (
+        *((24, 128, False, "bf16", True), (24, 128, True, "bf16", True), (24, 128, True, "fp32", True)),
+        *((38, 64, True, "bf16", True), (9, 256, False, "bf16", False)),
+    ):
+        constants, options = heads.specialise(count, channels, values, arch)
+        norms = dict.fromkeys(("query_norm", "key_norm"), f"*{kind}" if normed else None)
+        types = dict(x=f"*{kind}", cos="*fp32", sin="*fp32", y=f"*{kind}", eps="fp32", **norms)
+        name = f"attention inputs {kind} {count} x {channels}{' values' if values else ''}{'' if normed else ' plain'}"
+        yield Variant(name, heads.attention_inputs_kernel, types, constants, options)
+
+
 def variants(arch: int) -> Iterator[Variant]:
     """The compiled forms for ``arch`` (10 * major + minor), whatever process enumerates them."""
     for variant in _variants(arch):
@@ -214,6 +228,7 @@ def variants(arch: int) -> Iterator[Variant]:
 
 def _variants(arch: int) -> Iterator[Variant]:
     yield from _activation(arch)
+    yield from _attention_inputs(arch)
     yield from _dense(arch)
     yield from _overlapped(arch)
     yield from _in_loop(arch)

@@ -11,8 +11,10 @@ from ..layer.packed_weight import PackedWeight
 from .activation import gelu_quantize, norm_modulate, norm_modulate_quantize, quantize_activation
 from .device import describe
 from .gradient import grad_input
+from .heads import attention_inputs
 
 __all__ = [
+    "attention_inputs",
     "gelu_quantize",
     "grad_input",
     "linear_a8",

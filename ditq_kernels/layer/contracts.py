@@ -16,6 +16,7 @@ from .operands import (
     check_before,
     check_bias,
     check_devices,
+    check_heads,
     check_norm,
     checked_residual,
     checked_weight,
@@ -34,6 +35,10 @@ _library.define("quantize_activation(Tensor x, Tensor? amax) -> (Tensor, Tensor)
 _library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate, Tensor? before=None) -> (Tensor, Tensor)")
 _library.define(f"norm_modulate(Tensor x, {_NORM}, float eps) -> Tensor")
 _library.define(f"norm_modulate_quantize(Tensor x, {_NORM}, Tensor? amax, float eps) -> (Tensor, Tensor)")
+_library.define(
+    "attention_inputs(Tensor x, Tensor? query_norm, Tensor? key_norm, Tensor cos, Tensor sin, int heads, float eps, "
+    "Tensor? before=None, Tensor? before_query_norm=None, Tensor? before_key_norm=None) -> Tensor"
+)
 _library.define(
     f"linear_a8(Tensor qx, Tensor sx, {_WEIGHT}, Tensor? bias, str weight_format, ScalarType out_dtype, "
     "Tensor? residual=None, Tensor? gate=None) -> Tensor"
@@ -71,6 +76,19 @@ def _norm_modulate_quantize(x, weight, bias, shift, scale, amax, eps):
     amax = None if amax is None else one_number(amax, x.device)
     norm = side_by_side(weight), side_by_side(bias)
     return backend_of(x.device).norm_modulate_quantize(x, *norm, shift, scale, amax, eps)
+
+
+def _attention_inputs(
+    x, query_norm, key_norm, cos, sin, heads, eps, before=None, before_query_norm=None, before_key_norm=None
+):
+    norms = query_norm, key_norm, before_query_norm, before_key_norm
+    check_heads(x, norms, cos, sin, heads, before)
+    query_norm, key_norm, *before_norms = map(side_by_side, norms)
+    x, before = (one if one is None or one.stride(2) == 1 else one.contiguous() for one in (x, before))
+    turning = cos.contiguous(), sin.contiguous()
+    return backend_of(x.device).attention_inputs(
+        x, (query_norm, key_norm), *turning, heads, eps, before, tuple(before_norms)
+    )
 
 
 def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtype, residual=None, gate=None):
@@ -120,6 +138,14 @@ def _norm_modulate_quantize_fake(x, weight, bias, shift, scale, amax, eps):
     check_devices(x.device, weight=weight, bias=bias, shift=shift, scale=scale)
     rows = x.shape[0] * x.shape[1]
     return x.new_empty((rows, x.shape[2]), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+
+
+def _attention_inputs_fake(
+    x, query_norm, key_norm, cos, sin, heads, eps, before=None, before_query_norm=None, before_key_norm=None
+):
+    check_devices(x.device, query_norm=query_norm, key_norm=key_norm, cos=cos, sin=sin, before=before)
+    first, parts = (0, 2) if before is None else (before.shape[1], 3)
+    return x.new_empty((parts, x.shape[0], first + x.shape[1], heads, x.shape[2] // (3 * heads)))
 
 
 def _gelu_quantize_fake(x, amax, approximate, before=None):
@@ -172,6 +198,7 @@ for _name, _implementation, _fake in (
     ("gelu_quantize", _gelu_quantize, _gelu_quantize_fake),
     ("norm_modulate", _norm_modulate, _norm_modulate_fake),
     ("norm_modulate_quantize", _norm_modulate_quantize, _norm_modulate_quantize_fake),
+    ("attention_inputs", _attention_inputs, _attention_inputs_fake),
     ("linear_a8", _linear_a8, _linear_a8_fake),
     ("linear_a16", _linear_a16, _linear_a16_fake),
     ("grad_input", _grad_input, _grad_input_fake),

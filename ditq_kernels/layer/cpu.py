@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from . import cpu_extension, reference
 from .gated_residual import GatedResidual
 from .packed_weight import PackedWeight
-from .reference import grad_input, norm_modulate
+from .reference import attention_inputs, grad_input, norm_modulate
 
 __all__ = [
+    "attention_inputs",
     "gelu_quantize",
     "grad_input",
     "linear_a8",

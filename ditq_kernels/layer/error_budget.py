@@ -148,6 +148,28 @@ def norm_budget(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return error + rounding(exact.abs() + error, dtype)
 
 
+def rotation_oracle(
+    x: torch.Tensor, norm: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exact, budget), fp64, of ``x`` [B, S, H, D] normalised over D, rounded to its dtype and rotated, as
+    :func:`.reference.attention_inputs` does; two products and a sum of each pair of channels.
+    """
+    weight = None if norm is None else norm.double()
+    normed = F.rms_norm(x.double(), x.shape[-1:], weight, eps)
+    error = NORM_ROUNDINGS * FP32_ROUNDING * normed.abs()
+    error = error + rounding(normed.abs() + error, x.dtype)
+
+    def turned(value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+        even, odd = value.unflatten(-1, (-1, 2)).unbind(-1)
+        other = torch.stack([sign * odd, even], -1).flatten(3)
+        return value * cos[None, :, None, :] + other * sin[None, :, None, :]
+
+    exact = turned(normed, cos.double(), sin.double(), -1)
+    size = turned(normed.abs() + error, cos.double().abs(), sin.double().abs(), 1)
+    budget = turned(error, cos.double().abs(), sin.double().abs(), 1) + 3 * FP32_ROUNDING * size
+    return exact, budget + rounding(exact.abs() + budget, x.dtype)
+
+
 def worst_share_of_codes(
     codes: torch.Tensor,
     scales: torch.Tensor,

@@ -143,3 +143,27 @@ def check_norm(x, weight, bias, shift, scale) -> None:
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
+
+
+def check_heads(x, norms, cos, sin, heads, before) -> None:
+    """ValueError unless queries, keys and values of ``heads`` heads stand side by side in ``x`` [B, T, 3 * H * D] and
+    ``before``, and all else is where they are and fits them.
+    """
+    names = ("query_norm", "key_norm", "before_query_norm", "before_key_norm")
+    check_devices(x.device, cos=cos, sin=sin, before=before, **dict(zip(names, norms, strict=True)))
+    if x.dim() != 3 or heads < 1 or x.shape[2] % (6 * heads):
+        raise ValueError(f"x must be [batch, tokens, 3 * {heads} heads * an even number], got {list(x.shape)}")
+    batch, tokens, columns = x.shape
+    if before is not None:
+        if before.dim() != 3 or (len(before), before.shape[2]) != (batch, columns) or before.dtype != x.dtype:
+            found = f"{before.dtype} {list(before.shape)}"
+            raise ValueError(f"before must be {x.dtype} [{batch}, tokens, {columns}], as x is, got {found}")
+        tokens += before.shape[1]
+    channels = columns // (3 * heads)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.shape != (tokens, channels) or tensor.dtype != torch.float32:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} must be torch.float32 [{tokens}, {channels}], a row for each token, got {found}")
+    for name, tensor in zip(names, norms, strict=True):
+        if tensor is not None and (tensor.shape != (channels,) or tensor.dtype != x.dtype):
+            raise ValueError(f"{name} must be {x.dtype} [{channels}], got {tensor.dtype} {list(tensor.shape)}")

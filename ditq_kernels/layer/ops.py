@@ -282,3 +282,31 @@ def norm_modulate_quantize(
         UnsupportedError: on the triton backend, for K above 16384.
     """
     return _call("norm_modulate_quantize", x, weight, bias, shift, scale, amax, eps)
+
+
+def attention_inputs(
+    x: torch.Tensor,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+    before: torch.Tensor | None = None,
+    before_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values [B, S, H, D] of attention over rotary embeddings, in ``x.dtype``; for inference. Values
+    of one stream are a view.
+
+    Args:
+        x: [B, T, 3 * H * D], queries, keys and values side by side, as one product makes them.
+        norms: RMSNorm's weights [D] of queries and keys, head by head, which are rounded to ``x.dtype`` behind it.
+        cos, sin: fp32 [S, D], by which neighbouring channels are turned as points.
+        before: [B, S - T, 3 * H * D], a stream of tokens in front of ``x``, with norms of its own.
+
+    Raises:
+        ValueError: if a part does not fit ``x``.
+        UnsupportedError: on the triton backend, for D that is no power of two up to 256.
+    """
+    operands = *norms, cos, sin, heads, eps, *(() if before is None else (before, *before_norms))
+    found = _call("attention_inputs", x, *operands).unbind(0)
+    return found if before is not None else (*found, x.unflatten(-1, (3, heads, -1)).select(2, 2))

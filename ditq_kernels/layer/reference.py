@@ -102,6 +102,40 @@ def norm_modulate_quantize(
     return quantize_activation(_norm_modulate_fp32(x, weight, bias, shift, scale, eps).flatten(0, 1), amax)
 
 
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``x`` [B, S, H, D], neighbours among the channels taken for a point and turned by their angle."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], -1).flatten(3)
+    cos, sin = (part[None, :, None, :] for part in (cos, sin))
+    return (x.to(torch.float32) * cos + turned.to(torch.float32) * sin).to(x.dtype)
+
+
+def attention_inputs(
+    x: torch.Tensor,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+    before: torch.Tensor | None = None,
+    before_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> torch.Tensor:
+    """Queries, keys and, with ``before``, values of attention, [2 or 3, B, S, H, D]: of ``x`` [B, T, 3 * H * D], q, k
+    and v side by side, behind those of ``before``. Queries and keys are normalised head by head (RMSNorm with the
+    weights ``norms``, rounded to ``x.dtype``) and rotated by ``cos`` and ``sin``, fp32 [S, D] (Su et al., arXiv
+    2104.09864; neighbours form the pairs, and each of a pair has its own factors).
+    """
+    streams = ((x, norms),) if before is None else ((before, before_norms), (x, norms))
+    parts = []
+    for stream, of_stream in streams:
+        *normed, value = stream.unflatten(-1, (3, heads, -1)).unbind(2)
+        channels = value.shape[-1:]
+        parts.append([F.rms_norm(y, channels, norm, eps) for y, norm in zip(normed, of_stream, strict=True)] + [value])
+    query, key, value = (torch.cat(of_streams, 1) for of_streams in zip(*parts, strict=True))
+    rotated = [_rotated(query, cos, sin), _rotated(key, cos, sin)]
+    return torch.stack(rotated if before is None else [*rotated, value])
+
+
 def decode(weight: PackedWeight) -> torch.Tensor:
     """The integers, int8 [N, K], that the kernels multiply by: codes as stored, or ``m * (u - z)`` of two-level
     formats.

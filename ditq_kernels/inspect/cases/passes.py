@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ...kernels import activation, expansion, gradient
+from ...kernels import activation, expansion, gradient, heads
 from ...kernels.config import GRADIENT_TILE, arithmetic
 from ...layer import error_budget, reference
 from ...layer.formats import WEIGHT_FORMATS, WeightFormat
@@ -77,6 +77,24 @@ def norm(shape: tuple[int, int, int], dtype: torch.dtype, static: bool, modulate
     return said + ", " + within_budget(y, (exact, error_budget.norm_budget(exact, dtype)), SHORT[dtype])
 
 
+def attention_inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, normed: bool):
+    """Of one stream or of two, parts of something wider: (B, tokens before, tokens, heads, channels)."""
+    batch, first, tokens, count, channels = shape
+    wide = activations(batch * (first + tokens), 3 * count * channels, dtype).unflatten(0, (batch, -1))
+    norms = [torch.randn(channels, generator=generator(number)).to(dtype) if normed else None for number in range(4)]
+    cos, sin = torch.randn(2, first + tokens, channels, generator=generator(5))
+    more = (wide[:, :first], tuple(norms[2:])) if first else ()
+    found = heads.attention_inputs(wide[:, first:], tuple(norms[:2]), cos, sin, count, EPS, *more)
+    query, key, value = wide.unflatten(-1, (3, count, channels)).unbind(2)
+    said = []
+    for name, y, part, (behind, before) in (("q", found[0], query, norms[::2]), ("k", found[1], key, norms[1::2])):
+        for stream, norm in ((slice(first), before), (slice(first, None), behind)):
+            if y[:, stream].numel():
+                oracle = error_budget.rotation_oracle(part[:, stream], norm, cos[stream], sin[stream], EPS)
+                said.append(within_budget(y[:, stream], oracle, name))
+    return ", ".join([*said, *([equal(found[2], value.contiguous(), "v")] if first else [])])
+
+
 def expand(fmt: WeightFormat, in_features: int, dtype: torch.dtype):
     """A stretch of the decoded weight, exactly: of two levels every multiplier and zero point that a group can have."""
     outputs = PAIRS if fmt.two_level else 22
@@ -128,9 +146,19 @@ def _activation_cases() -> Iterator[Case]:
                 yield case_of("activation", label, norm, shape, dtype, *flags, quick=quick)
 
 
+def _attention_cases() -> Iterator[Case]:
+    for shape in ((2, 3, 5, 6, 16), (1, 0, 4, 24, 128), (1, 2, 3, 24, 128), (2, 1, 3, 38, 64), (1, 0, 3, 9, 256)):
+        for dtype in DTYPES:
+            for normed in (True, False):
+                label = f"{SHORT[dtype]} {shape}{'' if normed else ' plain'}"
+                quick = dtype == BF16 and normed and shape[3] in (6, 24)
+                yield case_of("attention inputs", label, attention_inputs, shape, dtype, normed, quick=quick)
+
+
 def cases(arch: int) -> Iterator[Case]:
     """Of all passes and formats."""
     yield from _activation_cases()
+    yield from _attention_cases()
     for fmt in WEIGHT_FORMATS.values():
         quickly = may_be_quick(fmt, arch)
         for in_features in (128, 200, EVEN_INPUTS, 1136):

@@ -79,7 +79,6 @@ def launched(function: Any, args: tuple, weights: set[int]) -> Iterator[Work]:
     _launches.found = []
     with _Dispatched():
         result = contracts.IMPLEMENTATIONS[name](*arguments)
-    returned = {memory_of(one) for one in tensors_in(result)}
     multiplied = {} if name not in PRODUCTS else {PRODUCTS[name]: arguments[0].numel() * result.shape[1]}
     roles = {memory: role_of(one, weights) for memory, one in here.items()}
     for kernel, tensors in _launches.found:
@@ -87,8 +86,9 @@ def launched(function: Any, args: tuple, weights: set[int]) -> Iterator[Work]:
         for one in tensors:  # what is made of weights alone is a weight, decoded
             roles.setdefault(memory_of(one), SCRATCH if given == {WEIGHT} else ACTIVATION)
         sizes = tuple((roles[memory_of(one)], size_of(one)) for one in tensors)
-        written = sum(one.numel() for one in tensors if memory_of(one) in returned)
+        weighs = bool({roles[memory_of(one)] for one in tensors} & {WEIGHT, SCRATCH})
+        made = (one for one in tensors if memory_of(one) not in here and roles[memory_of(one)] != SCRATCH)
         macs = {}
-        if multiplied and written:  # of several stretches, each its share
+        if multiplied and weighs and (written := sum(one.numel() for one in made)):  # of stretches, each its share
             macs = {kind: number * written // result.numel() for kind, number in multiplied.items()}
-        yield Work(kernel, PRODUCT if macs or (multiplied and given == {WEIGHT}) else PASS, sizes, macs)
+        yield Work(kernel, PRODUCT if multiplied and weighs else PASS, sizes, macs)

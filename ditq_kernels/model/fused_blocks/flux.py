@@ -9,6 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
+from .flux_attention import flux_attention
 from .passes import (
     FEED_FORWARD,
     after_gelu,
@@ -20,6 +21,7 @@ from .passes import (
     has_norm,
     modulation,
     normed,
+    projected,
     quantize_alike,
     takes_codes,
 )
@@ -47,15 +49,15 @@ def _double(
     text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = modulation(
         block.norm1_context, temb, 6
     )
-    x, text = attended(
-        block.attn,
-        {"to_out": (x, gate), "to_add_out": (text, text_gate)},
-        hidden_states=normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale),
-        encoder_hidden_states=normed(
-            block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
-        ),
-        image_rotary_emb=image_rotary_emb,
-    )
+    entering = normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale)
+    text_entering = normed(block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale)
+    outputs = {"to_out": (x, gate), "to_add_out": (text, text_gate)}
+    found = flux_attention(block.attn, image_rotary_emb, entering, text_entering)
+    if found is None:
+        inputs = dict(encoder_hidden_states=text_entering, image_rotary_emb=image_rotary_emb)
+        x, text = attended(block.attn, outputs, hidden_states=entering, **inputs)
+    else:
+        x, text = (projected(block.attn, name, y, *outputs[name]) for name, y in zip(outputs, found, strict=True))
     entering = normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)
     x = feed_forward(block.ff, entering, x, gate_mlp)
     entering = normed(block.norm2_context, text, block.ff_context.net[0].proj, text_shift_mlp, text_scale_mlp)
@@ -94,7 +96,8 @@ def _single(
     layer = joined_at(block.attn, "to_q") if takes_codes(block.proj_mlp) else None
     entering = normed(block.norm.norm, x, layer, shift, scale)
     hidden = block.proj_mlp(entering)
-    attention = block.attn(hidden_states=entering, image_rotary_emb=image_rotary_emb)
+    found = flux_attention(block.attn, image_rotary_emb, entering)
+    attention = block.attn(hidden_states=entering, image_rotary_emb=image_rotary_emb) if found is None else found[0]
     x = clipped(after_gelu(block.proj_out, block.act_mlp, hidden, x, gate, before=attention))
     texts = encoder_hidden_states.shape[1]
     return x[:, :texts], x[:, texts:]

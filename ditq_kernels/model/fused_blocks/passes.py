@@ -117,6 +117,17 @@ def attended(attention: nn.Module, outputs: Added, **inputs: Any) -> tuple[torch
     )
 
 
+def projected(
+    attention: nn.Module, name: str, y: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """``residual + gate * z``, of ``z`` that the layer ``name`` of ``attention`` makes of ``y``."""
+    layer = getattr(attention, name)
+    if adds_at(attention, name, residual, gate):
+        return (layer[0] if name == "to_out" else layer).added_to(residual, gate, y)
+    z = layer[1](layer[0](y)) if name == "to_out" else layer(y)
+    return added(residual, gate, z)
+
+
 def added(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``x + gate * y`` in ``x.dtype``, rounded once."""
     return torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
