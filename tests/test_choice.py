@@ -178,6 +178,28 @@ def test_wide_outputs_take_tiles_whose_shared_memory_holds_them(monkeypatch):
     assert asked == [narrow, narrow, wide, wide]
 
 
+@pytest.mark.parametrize(("shape", "adds"), [((4096, 3072, 3072), True), ((4096, 3072, 12288), False)])
+def test_a_product_that_is_added_runs_by_what_is_fastest_with_the_pass(shape, adds):
+    """The largest persistent tile needs a pass to add: where the sum is long, it is the fastest in spite of it."""
+    plain = problem(*shape, 1, W8)
+    added = dataclasses.replace(plain, adds=True)
+    fastest, chosen = estimates.heuristic(plain), estimates.heuristic(added)
+    assert not config.adds_residuals(fastest) and config.adds_residuals(chosen) == adds
+    assert adds == (chosen != fastest)
+    assert estimates.estimate(chosen, added) <= estimates.estimate(fastest, added)
+    elsewhere = dataclasses.replace(added, capability=80, multiprocessors=108)
+    assert config.adds_residuals(estimates.heuristic(elsewhere))
+
+
+def test_the_choice_knows_what_is_added(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, "choose", lambda given, *_: asked.append(given.adds) or Config("in_loop", 16, 64))
+    with standing_in(dispatch.Device("gpu", 90, 132)):
+        for adds in (False, True):
+            dispatch.chosen(torch.empty(8, 128, dtype=torch.int8), 256, W8, torch.bfloat16, adds=adds)
+    assert asked == [False, True]
+
+
 def test_capabilities_go_by_family():
     assert [config.shared_memory(capability) // 1024 for capability in (80, 86, 87, 89, 103, 121)] == [
         163, 99, 99, 99, 227, 99

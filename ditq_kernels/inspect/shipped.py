@@ -20,8 +20,7 @@ from ..kernels import (
     overlapped_product,
     small_product,
 )
-from ..kernels.config import CONFIGS, Config, Problem, is_valid
-from ..kernels.dispatch import adds_residuals
+from ..kernels.config import CONFIGS, Config, Problem, adds_residuals, is_valid
 from ..layer.formats import WEIGHT_FORMATS, WeightFormat
 from .compilation import Variant
 

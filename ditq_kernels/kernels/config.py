@@ -63,6 +63,7 @@ class Problem:
         capability: 10 * major + minor.
         multiprocessors: of the device.
         output_bytes: of one element of the result: 2, or 4 for fp32 and for accumulators as they are.
+        adds: whether the product is added to a residual.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class Problem:
     capability: int
     multiprocessors: int
     output_bytes: int = 2
+    adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,19 @@ def by_pointers(config: Config) -> Config:
     plain = CONFIGS["expanded" if config.route.startswith("expanded") else "int8"]
     area = config.block_m * config.block_n
     return next(tile for tile in plain if not tile.descriptors and 0 < tile.block_m * tile.block_n <= area)
+
+
+LARGEST_ADDED = 128 * 128  # tile of a persistent program, that adds a residual
+
+
+def adds_residuals(config: Config) -> bool:
+    """Whether what a product is added to is added where it is stored, and not by a pass of its own. With the largest
+    tiles a persistent program has no registers for it (ptxas spills 14 on sm_90).
+    """
+    if config.route in OVERLAPPED_ROUTES:
+        return True
+    has_registers = not config.descriptors or config.block_m * config.block_n <= LARGEST_ADDED
+    return config.route in ("in_loop", "int8", "expanded") and config.block_m > 0 and has_registers
 
 
 # The gradient's reduced side is short: with 32 outputs a step, sm_80 and sm_120 run out of registers on 8-bit weights.

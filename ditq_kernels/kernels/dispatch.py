@@ -12,7 +12,7 @@ from ..layer.formats import WeightFormat
 from ..layer.gated_residual import GatedResidual
 from ..layer.packed_weight import PackedWeight
 from . import tables
-from .config import OVERLAPPED_ROUTES, Config, Problem, row_class
+from .config import Config, Problem, adds_residuals, row_class
 from .dense_product import dense_product
 from .device import Device, describe, launch_device
 from .expansion import expanded_product
@@ -34,9 +34,10 @@ def _problem(
     fmt: WeightFormat,
     device: Device,
     output_bytes: int,
+    adds: bool = False,
 ) -> Problem:
     place = device.capability, device.multiprocessors
-    return Problem(rows, out_features, in_features, activation_bytes, fmt, *place, output_bytes)
+    return Problem(rows, out_features, in_features, activation_bytes, fmt, *place, output_bytes, adds)
 
 
 def problem_of(x: torch.Tensor, out_features: int, fmt: WeightFormat, out_dtype: torch.dtype | None = None) -> Problem:
@@ -58,12 +59,12 @@ def _chosen(
     device: Device,
     output_bytes: int,
     may_be_extension: bool,
+    adds: bool = False,
 ) -> Config:
-    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device, output_bytes)
+    problem = _problem(rows, out_features, in_features, activation_bytes, fmt, device, output_bytes, adds)
     return tables.choose(problem, device.name, may_be_extension)
 
 
-LARGEST_ADDED = 128 * 128  # tile of a persistent program, that adds a residual
 VECTOR_BYTES = 16  # at whose multiples the extension's int8 operands begin
 
 
@@ -81,13 +82,15 @@ def chosen(
     fmt: WeightFormat,
     out_dtype: torch.dtype,
     qweight: torch.Tensor | None = None,
+    adds: bool = False,
 ) -> Config:
     """The configuration that a product of ``x`` [M, K] with an [N, K] weight in ``fmt`` runs by if none is given.
-    ``qweight``: as stored, None for one that begins where an allocation does.
+    ``qweight``: as stored, None for one that begins where an allocation does; ``adds``: whether to a residual.
     """
     rows, in_features = x.shape
     of_x = in_features, x.element_size(), fmt, describe(x.device)
-    return _chosen(row_class(rows), out_features, *of_x, out_dtype.itemsize, takes_extension(x, out_dtype, qweight))
+    may_be_extension = takes_extension(x, out_dtype, qweight)
+    return _chosen(row_class(rows), out_features, *of_x, out_dtype.itemsize, may_be_extension, adds)
 
 
 def _int8_product(operands: Operands, config: Config, multiprocessors: int) -> torch.Tensor:
@@ -105,16 +108,6 @@ def _extension_product(operands: Operands, config: Config) -> torch.Tensor:
     return extension.linear_a8(x, sx, weight, bias, out_dtype, config.instance)
 
 
-def adds_residuals(config: Config) -> bool:
-    """Whether what a product is added to is added where it is stored, and not by a pass of its own. With the largest
-    tiles a persistent program has no registers for it (ptxas spills 14 on sm_90).
-    """
-    if config.route in OVERLAPPED_ROUTES:
-        return True
-    has_registers = not config.descriptors or config.block_m * config.block_n <= LARGEST_ADDED
-    return config.route in ("in_loop", "int8", "expanded") and config.block_m > 0 and has_registers
-
-
 def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
     """[M, N] of ``operands``; ``config`` None takes the one chosen for the problem."""
     x, weight = operands.x, operands.weight
@@ -125,7 +118,8 @@ def product(operands: Operands, config: Config | None = None) -> torch.Tensor:
         x = x.contiguous()
     device = describe(x.device)
     if config is None:
-        config = chosen(x, out_features, weight.fmt, operands.out_dtype, weight.qweight)
+        adds = operands.added is not None
+        config = chosen(x, out_features, weight.fmt, operands.out_dtype, weight.qweight, adds)
     added = operands.added
     if added is not None and not adds_residuals(config):
         return added.plus(product(operands._replace(added=None), config))

@@ -9,7 +9,17 @@ from __future__ import annotations
 import math
 
 from . import hopper_costs
-from .config import EXTENSION_ROUTES, OVERLAPPED_ROUTES, WARPGROUP_FAMILIES, Config, Problem, candidates, cdiv, family
+from .config import (
+    EXTENSION_ROUTES,
+    OVERLAPPED_ROUTES,
+    WARPGROUP_FAMILIES,
+    Config,
+    Problem,
+    adds_residuals,
+    candidates,
+    cdiv,
+    family,
+)
 
 # Up to here it pays to multiply without matrix instructions. Each row more takes instructions for each weight: of four
 # rows the schedulers set the bound, at more than twice that of the loop with matrix instructions (counted, sm_80 and
@@ -51,6 +61,12 @@ def _assumed(config: Config, problem: Problem) -> float:
     return cost - 1e-3 * config.num_stages  # deeper pipelines first
 
 
+def _adding(config: Config, problem: Problem) -> float:
+    """Microseconds on Hopper of the pass that adds a product to its residual. Elsewhere there is none to choose."""
+    passes = problem.adds and not adds_residuals(config) and family(problem.capability) == 9
+    return hopper_costs.adding(problem.rows, problem.out_features) if passes else 0.0
+
+
 def _on_hopper(config: Config, problem: Problem) -> float:
     """Microseconds, from what was timed."""
     shape = problem.rows, problem.out_features, problem.in_features
@@ -83,7 +99,8 @@ def estimate(config: Config, problem: Problem) -> float:
         return 0.0 if problem.rows <= FEWEST_ROWS or problem.activation_bytes > 2 else math.inf
     if config.route in OVERLAPPED_ROUTES:  # chosen where a table of this GPU has them
         return UNTIMED * _tiled_cost(config.block_m, config.block_n, problem)
-    return (_on_hopper if family(problem.capability) == 9 else _assumed)(config, problem)
+    cost = (_on_hopper if family(problem.capability) == 9 else _assumed)(config, problem)
+    return cost + _adding(config, problem)
 
 
 def heuristic(problem: Problem, extension: bool = True) -> Config:

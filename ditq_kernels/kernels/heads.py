@@ -112,6 +112,8 @@ def attention_inputs(
     first = before.shape[1] if values else 0
     y = torch.empty((3 if values else 2, len(x), first + x.shape[1], heads, channels), dtype=x.dtype, device=x.device)
     constants, options = specialise(heads, channels, values, describe(x.device).capability)
+    if not values:
+        x = x[:, :, : 2 * heads * channels]
     with launch_device(x):
         for stream, of_stream, place in ((before, before_norms, slice(first)), (x, norms, slice(first, None))):
             if stream is None or not stream.numel():

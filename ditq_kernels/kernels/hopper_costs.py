@@ -93,6 +93,15 @@ def expansion(out_features: int, in_features: int, element_bytes: int) -> float:
     return once + million * out_features * in_features / 1e6
 
 
+ADDING = (2.0, 3350.0)  # once, and bytes in a nanosecond, of a pass that adds a residual: reasoned, not timed
+
+
+def adding(rows: int, out_features: int) -> float:
+    """Of a pass that adds a 16-bit product to a residual: both are read, and one is written."""
+    once, rate = ADDING
+    return once + 3 * 2 * rows * out_features / rate / 1e3
+
+
 def extension_product(instance: int, rows: int, out_features: int, in_features: int, multiprocessors: int) -> float:
     """Of the CUDA extension's int8 product."""
     return extension.microseconds(extension.TILES[instance], rows, out_features, in_features, multiprocessors)

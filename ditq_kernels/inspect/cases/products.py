@@ -16,6 +16,7 @@ from ...kernels.config import (
     ROW_CLASSES,
     Config,
     Problem,
+    adds_residuals,
     arithmetic,
     is_valid,
 )
@@ -182,7 +183,7 @@ def _of_config(
         else:
             name, arguments = f"{fmt.name} x {SHORT[dtype]} {config} {shape}", (fmt, shape, config, dtype, biased, arch)
             yield case_of(config.route, name, product_a16, *arguments, quick=chosen)
-    if activation_bytes == 1 and dispatch.adds_residuals(config):
+    if activation_bytes == 1 and adds_residuals(config):
         for shape, out in ((ragged_shape(config, number), BF16), (even_shape(config), FP16)):
             name = f"{fmt.name} x i8 to {SHORT[out]} {config} {shape} added"
             yield case_of(config.route, name, added_a8, fmt, shape, config, out, quick=quick and out == BF16)
