@@ -193,8 +193,8 @@ def test_a_product_that_is_added_runs_by_what_is_fastest_with_the_pass(shape, ad
 
 def test_the_choice_knows_what_is_added(monkeypatch):
     asked = []
-    monkeypatch.setattr(tables, "choose", lambda given, *_: asked.append(given.adds) or Config("in_loop", 16, 64))
-    with standing_in(dispatch.Device("gpu", 90, 132)):
+    with monkeypatch.context() as patched, standing_in(dispatch.Device("gpu", 90, 132)):
+        patched.setattr(tables, "choose", lambda given, *_: asked.append(given.adds) or Config("in_loop", 16, 64))
         for adds in (False, True):
             dispatch.chosen(torch.empty(8, 128, dtype=torch.int8), 256, W8, torch.bfloat16, adds=adds)
     assert asked == [False, True]
