@@ -186,6 +186,73 @@ def test_what_is_built_otherwise_is_left_to_the_processor(change, model, answers
     assert answers == {"left": 4}
 
 
+@pytest.mark.parametrize("name", ["dispatch_attention_fn", "apply_rotary_emb", "_get_qkv_projections", "RMSNorm"])
+def test_functions_that_somebody_put_into_the_processors_file(name, model, monkeypatch):
+    from diffusers.models.transformers import transformer_flux
+
+    quantized, inputs, before = model
+    ditq.fuse(quantized)
+    place, name = (torch.nn.RMSNorm, "forward") if name == "RMSNorm" else (transformer_flux, name)
+    original = getattr(place, name)
+
+    def doubled(*args, **kwargs):
+        found = original(*args, **kwargs)
+        return 2 * found if isinstance(found, torch.Tensor) else (*found[:2], 2 * found[2], *found[3:])  # the values
+
+    monkeypatch.setattr(place, name, doubled)
+    found = output(quantized, inputs)
+    assert not torch.allclose(found, before, atol=1e-2)
+    assert torch.allclose(found, output(ditq.unfuse(quantized), inputs), rtol=0, atol=1e-5)
+
+
+def test_a_processor_that_inherits_diffusers_own(model):
+    """A class of a user's: what its layers are is its own affair, before fusing and after it."""
+    quantized, inputs, expected = model
+    original = type(quantized.transformer_blocks[0].attn.processor)
+    output(ditq.fuse(quantized), inputs)
+    quantized.set_attn_processor(type("Mine", (original,), {"__module__": __name__})())
+    assert torch.allclose(output(quantized, inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("empty", ["encoder_hidden_states", "hidden_states"])
+def test_streams_without_tokens(empty, model):
+    quantized, inputs, _ = model
+    ids = {"encoder_hidden_states": "txt_ids", "hidden_states": "img_ids"}[empty]
+    inputs = inputs | {empty: inputs[empty][:, :0], ids: inputs[ids][:0]}
+    expected = output(quantized, inputs)
+    assert torch.allclose(output(ditq.fuse(quantized), inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_text_for_several_pictures(model):
+    """diffusers broadcasts nothing here but the modulation, which a block alone does."""
+    quantized, *_ = model
+    block, width = quantized.transformer_blocks[0], quantized.inner_dim
+    given = dict(hidden_states=torch.randn(2, 9, width), encoder_hidden_states=torch.randn(1, 5, width))
+    given |= dict(temb=torch.randn(2, width))
+    with torch.no_grad(), ditq.use_backend("reference"):
+        expected = failure(lambda: block(**given))
+        ditq.fuse(quantized)
+        assert failure(lambda: block(**given)) == expected
+
+
+def failure(call):
+    """What it raises, or the shapes of what it gives."""
+    try:
+        return [one.shape for one in call()]
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_angles_of_one_for_all_channels(model, answers):
+    quantized, *_ = model
+    block, width = ditq.fuse(quantized).transformer_blocks[0], quantized.inner_dim
+    given = dict(hidden_states=torch.randn(1, 9, width), encoder_hidden_states=torch.randn(1, 5, width))
+    given |= dict(temb=torch.randn(1, width), image_rotary_emb=tuple(torch.randn(2, 14, 1)))
+    with torch.no_grad():
+        block(**given)
+    assert answers == {"left": 1}
+
+
 def test_a_chosen_attention_backend_is_asked(model, answers):
     quantized, inputs, expected = model
     ditq.fuse(quantized)

@@ -90,7 +90,7 @@ def test_its_products_stay_in_flight_and_its_shared_memory_is_what_was_expected(
     """`ditq inspect` holds every tile to it."""
     for failures, shared, expected in in_a_compiling_process(__file__, "machine_code"):
         assert failures == []
-        assert shared <= expected <= config.shared_memory(90)
+        assert expected - 512 <= shared <= expected <= config.shared_memory(90)
 
 
 def test_what_it_computes_is_exact():

@@ -225,7 +225,7 @@ def arithmetic(config: Config, activation_bytes: int) -> Arithmetic:
 
 
 BARRIER_BYTES = 64
-BARRIERS_BYTES, LEAST_STAGED = 512, 16384  # of an overlapped product
+BARRIERS_BYTES, STAGED_BYTES = 512, 16384  # of an overlapped product
 WARPGROUP_FAMILIES = (9, 10)  # matrix instructions of warpgroups, which read operands from shared memory
 WARPGROUP_ROWS = 64  # of Hopper's matrix instruction
 # (group, block_m, num_warps) of decoding in the loop that ptxas, on sm_80, holds to two registers less than it takes.
@@ -243,9 +243,8 @@ def shared_bytes(config: Config, problem: Problem) -> int:
         return config.num_stages * (2 * config.block_m * HALF_BLOCK * problem.activation_bytes + weights)
     # A persistent program stores one tile while it loads the next, so that the two cannot share memory.
     if config.route in OVERLAPPED_ROUTES:
-        # 16-bit results pass through shared memory, half a tile of one consumer at a time and a quarter of two.
-        staged = max(LEAST_STAGED, config.block_m * config.block_n) if problem.output_bytes == 2 else 0
-        output = staged + BARRIERS_BYTES
+        # 16-bit results pass through shared memory, a part of a tile at a time.
+        output = BARRIERS_BYTES + (STAGED_BYTES if problem.output_bytes == 2 else 0)
     else:
         output = config.block_m * config.block_n * problem.output_bytes + BARRIER_BYTES if config.descriptors else 0
     return config.num_stages * (config.block_m + config.block_n) * config.block_k * problem.activation_bytes + output

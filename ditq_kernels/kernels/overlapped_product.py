@@ -7,7 +7,7 @@ product; consumers multiply, and keep one product in flight while they issue the
 of its own, and they take turns: while one stores its tile, the other multiplies.
 
 Every handover is an mbarrier: a stage is *full* when the copies into it have arrived and *empty* when no product reads
-it any more; the *turn* is a consumer's when the other one has issued and ended its products.
+it any more; the *turn* is a consumer's when the other one has issued its products.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ STORE_BYTES = gl.constexpr(16)  # of a thread at once
 
 
 @gluon.constexpr_function
-def _layout_of_sums(block_n, warps):
-    """How a tile's sums lie in registers. Warpgroups stand side by side where that leaves each 128 outputs, so that a
-    thread has few columns, whose factors it holds.
+def _warpgroups_across(block_n, warps):
+    """They stand side by side where that leaves each 128 outputs, so that a thread has few columns, whose factors it
+    holds.
     """
-    across = max(1, min(warps // WARPGROUP_WARPS.value, block_n // INSTRUCTION_OUTPUTS))
+    return max(1, min(warps // WARPGROUP_WARPS.value, block_n // INSTRUCTION_OUTPUTS))
+
+
+@gluon.constexpr_function
+def _layout_of_sums(block_n, warps):
+    """How a tile's sums lie in registers."""
+    across = _warpgroups_across(block_n, warps)
     return gl.NVMMADistributedLayout([3, 0], [warps // across, across], [16, min(block_n, INSTRUCTION_OUTPUTS), 32])
 
 
@@ -99,19 +105,23 @@ def _multiply(
         total = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, sums)
         if CONSUMERS > 1:
             mbarrier.wait(turn.index(consumer), others)
+        stage, phase, before = step % STAGES, step // STAGES & 1, 0
         for k in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            mbarrier.wait(full.index(stage), phase)
             total = warpgroup_mma(left.index(stage), right.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, (total,))
             if k > 0:
-                mbarrier.arrive(empty.index((step - 1) % STAGES))
-            step += 1
-        total = warpgroup_mma_wait(0, (total,))
-        if CONSUMERS > 1:
+                mbarrier.arrive(empty.index(before))
+            before = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        if CONSUMERS > 1:  # while the last product is still in flight, so that the next is issued behind it
             mbarrier.arrive(turn.index(1 - consumer))
-        mbarrier.arrive(empty.index((step - 1) % STAGES))
-        step += (CONSUMERS - 1) * steps
+        total = warpgroup_mma_wait(0, (total,))
+        mbarrier.arrive(empty.index(before))
+        step += CONSUMERS * steps
         others ^= 1
         first_m, first_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N)
         _store(total, first_m, first_n, parts, added, y, stride_y, M, N, RAW)
@@ -137,14 +147,14 @@ def _of_columns(pointer, n, N):
 
 @gluon.jit
 def _store(total, first_m, first_n, parts, added, y, stride_y, M, N, RAW: gl.constexpr):
-    """One tile, scaled, biased, added to what it is added to, and stored; by halves of its columns where their factors
-    would take too many registers at once.
+    """One tile, scaled, biased, added to what it is added to, and stored: by halves of its columns, whose factors would
+    take too many registers at once, unless each warpgroup has a half.
     """
     BLOCK_M: gl.constexpr = total.shape[0]
     HALF: gl.constexpr = total.shape[1] // 2
-    if gl.num_warps() == WARPGROUP_WARPS:
+    if _warpgroups_across(total.shape[1], gl.num_warps()) == 1:
         low, high = gl.split(total.reshape([BLOCK_M, 2, HALF]).permute((0, 2, 1)))
-        sums: gl.constexpr = _layout_of_sums(HALF, WARPGROUP_WARPS)
+        sums: gl.constexpr = _layout_of_sums(HALF, gl.num_warps())
         low, high = gl.convert_layout(low, sums, True), gl.convert_layout(high, sums, True)
         _store_columns(low, first_m, first_n, parts, added, y, stride_y, M, N, RAW)
         _store_columns(high, first_m, first_n + HALF, parts, added, y, stride_y, M, N, RAW)

@@ -212,7 +212,7 @@ def linear_a8(
     """
     if added is not None:
         y = linear_a8(qx, sx, weight, bias, out_dtype).to(torch.float32)
-        gate = added.gate.to(torch.float32).repeat_interleave(added.rows_per_gate, 0)
+        gate = added.gate.to(torch.float32).repeat_interleave(len(added.residual) // len(added.gate), 0)
         return (added.residual.to(torch.float32) + gate * y).to(out_dtype)
     w, scale, fmt = decode(weight), weight.scale, weight.fmt
     if fmt.promoted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import os
 import sys
 from typing import Any
@@ -26,7 +27,7 @@ HANDING_ON = (
 )
 ADDED = "ditq_added"  # an argument of attentions that share: Added, of layers that adds_at is true of
 Added = dict[str, tuple[torch.Tensor, torch.Tensor]]  # (residual, gate), by the name of a layer
-_CODE = "_ditq_code"  # where an attention keeps a _Code
+_CODE = "_ditq_code"  # where an attention keeps a KnownCode
 _SHARED = "_ditq_shared"  # where an attention keeps its layers that share an input
 
 
@@ -66,14 +67,18 @@ def hands_on(attention: nn.Module) -> bool:
     return not has_hooks(attention) and not getattr(attention, "residual_connection", False) and _is_known(attention)
 
 
-class _Code:
-    """What was found out of functions: whether an attention runs those of diffusers that hand inputs on."""
+class KnownCode:
+    """What was found out of functions: whether they are those that their library has written."""
 
-    def __init__(self, functions: tuple[Any, ...] = (), hands_on: bool = False) -> None:
-        self.functions, self.hands_on = functions, hands_on
+    def __init__(self, functions: tuple[Any, ...] = (), is_original: bool = False) -> None:
+        self.functions, self.is_original = functions, is_original
+
+    def is_of(self, functions: tuple[Any, ...]) -> bool:
+        """Whether it was found out of these."""
+        return len(functions) == len(self.functions) and all(map(operator.is_, functions, self.functions))
 
     def __reduce__(self) -> tuple:
-        return _Code, ()  # somebody may have put others into the classes when it is read again
+        return KnownCode, ()  # somebody may have put others into the classes when it is read again
 
 
 def _is_known(attention: nn.Module) -> bool:
@@ -81,22 +86,24 @@ def _is_known(attention: nn.Module) -> bool:
     class of the attention or of its processor.
     """
     kind = type(attention.processor)
-    forward, call = class_before(type(attention)).forward, kind.__call__
+    functions = class_before(type(attention)).forward, kind.__call__
     known = attention.__dict__.get(_CODE)
-    if known is not None and len(known.functions) == 2 and known.functions[0] is forward and known.functions[1] is call:
-        return known.hands_on
+    if known is not None and known.is_of((*functions, kind)):
+        return known.is_original
     if torch.compiler.is_compiling():  # which cannot see where code is from
         return False
-    hands_on = kind.__name__ in HANDING_ON and all(map(_is_written_in_diffusers, (forward, call)))
-    vars(attention)[_CODE] = _Code((forward, call), hands_on)
+    is_known = kind.__name__ in HANDING_ON and _is_of_diffusers(attention.processor)
+    hands_on = is_known and all(is_written_in(function, "diffusers") for function in functions)
+    vars(attention)[_CODE] = KnownCode((*functions, kind), hands_on)
     return hands_on
 
 
-def _is_written_in_diffusers(function: Any) -> bool:
-    diffusers, code = sys.modules.get("diffusers"), getattr(function, "__code__", None)
-    if diffusers is None or code is None:
+def is_written_in(function: Any, package: str) -> bool:
+    """Whether the code of ``function`` is from ``package``, and nobody has put another in its place."""
+    found, code = sys.modules.get(package), getattr(function, "__code__", None)
+    if found is None or code is None:
         return False
-    return code.co_filename.startswith(os.path.dirname(diffusers.__file__))
+    return code.co_filename.startswith(os.path.dirname(found.__file__))
 
 
 def does_nothing(dropout: nn.Module) -> bool:

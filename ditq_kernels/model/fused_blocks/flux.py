@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .flux_attention import flux_attention
+from .flux_attention import flux_attention, runs_as_written
 from .passes import (
     FEED_FORWARD,
     after_gelu,
@@ -30,6 +30,7 @@ _PARAMETERS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_e
 
 
 def _is_known_double(block: nn.Module) -> bool:
+    runs_as_written(block.attn)  # asked now, it need not be when it is compiled
     norms = block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context
     return all(map(has_norm, norms)) and has_feed_forward(block.ff) and has_feed_forward(block.ff_context)
 
@@ -42,9 +43,11 @@ def _double(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if joint_attention_kwargs or temb.dtype != hidden_states.dtype or not fits(temb, hidden_states):
+    if joint_attention_kwargs or temb.dtype != hidden_states.dtype:
         return None
     x, text = hidden_states, encoder_hidden_states
+    if not (fits(temb, x) and fits(temb, text)):
+        return None
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = modulation(
         block.norm1_context, temb, 6
@@ -77,6 +80,7 @@ FLUX_DOUBLE = FusedBlock(
 
 
 def _is_known_single(block: nn.Module) -> bool:
+    runs_as_written(block.attn)
     layers = block.attn.to_q, block.proj_mlp  # which share an input, and have to agree on its codes
     return has_norm(block.norm.norm) and quantize_alike(layers) and isinstance(block.act_mlp, nn.GELU)
 

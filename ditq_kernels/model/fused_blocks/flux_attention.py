@@ -11,9 +11,10 @@ from ...layer import ops
 from ...layer.linear import QuantLinear
 from ...layer.quantized_input import QuantizedInput
 from ...layer.shared_input import has_hooks
-from ..shared_projections import joined_at
+from ..shared_projections import KnownCode, is_written_in, joined_at
 
 PROCESSOR = "FluxAttnProcessor"
+_CODE = "_ditq_flux_code"  # where an attention keeps a KnownCode
 CHANNELS = (16, 32, 64, 128, 256)  # of heads that the kernels take
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -29,9 +30,7 @@ def flux_attention(
     ``x``, that of ``text``); None where something else may be computed.
     """
     image = _projection(attention, "to_q", ("norm_q", "norm_k"), x.dtype)
-    if image is None or rotary is None or not _fits(rotary, x, text):
-        return None
-    if text is not None and text.dtype != x.dtype:
+    if image is None or rotary is None or not _fits(rotary, attention.head_dim, x, text):
         return None
     layer, norms = image
     more = ()
@@ -40,11 +39,11 @@ def flux_attention(
         if of_text is None or of_text[1][0].eps != norms[0].eps:
             return None
         more = of_text[0](text), tuple(norm.weight for norm in of_text[1])
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.transformers import transformer_flux
 
     processor, weights = attention.processor, tuple(norm.weight for norm in norms)
     heads = layer.out_features // (3 * attention.head_dim)
-    found = dispatch_attention_fn(
+    found = transformer_flux.dispatch_attention_fn(
         *ops.attention_inputs(layer(x), weights, *rotary, heads, norms[0].eps, *more),
         attn_mask=None,
         backend=processor._attention_backend,
@@ -60,7 +59,7 @@ def _projection(
     attention: nn.Module, name: str, norms: tuple[str, str], dtype: torch.dtype
 ) -> tuple[QuantLinear, tuple[nn.RMSNorm, nn.RMSNorm]] | None:
     """(the layer that makes queries, keys and values at once, the norms of the two first), if all are as known."""
-    if type(attention.processor).__name__ != PROCESSOR or attention.head_dim not in CHANNELS:
+    if attention.head_dim not in CHANNELS or not runs_as_written(attention):
         return None
     layer = joined_at(attention, name)
     query, key = (getattr(attention, norm) for norm in norms)
@@ -76,10 +75,38 @@ def _is_plain(norm: nn.Module, dtype: torch.dtype) -> bool:
     return norm.weight is None or norm.weight.dtype == dtype
 
 
-def _fits(rotary: Rotary, x: torch.Tensor | QuantizedInput, text: torch.Tensor | QuantizedInput | None) -> bool:
-    """Whether the angles are those of one row a token, in fp32 and where ``x`` is."""
-    tokens = x.shape[1] + (0 if text is None else text.shape[1])
+def _fits(
+    rotary: Rotary, channels: int, x: torch.Tensor | QuantizedInput, text: torch.Tensor | QuantizedInput | None
+) -> bool:
+    """Whether ``text`` is of the samples of ``x``, and the angles of one row a token, in fp32 and where ``x`` is."""
+    tokens = x.shape[1]
+    if text is not None:
+        if text.dtype != x.dtype or text.shape[0] != x.shape[0]:
+            return False
+        tokens += text.shape[1]
     return len(rotary) == 2 and all(
-        part.dim() == 2 and len(part) == tokens and part.dtype == torch.float32 and part.device == x.device
-        for part in rotary
+        part.shape == (tokens, channels) and part.dtype == torch.float32 and part.device == x.device for part in rotary
     )
+
+
+def runs_as_written(attention: nn.Module) -> bool:
+    """Whether the processor is diffusers', and nobody has put others in the place of the functions that it calls and
+    this file does not.
+    """
+    if type(attention.processor).__name__ != PROCESSOR:
+        return False
+    from diffusers.models.transformers import transformer_flux
+
+    functions = (
+        *(transformer_flux._get_qkv_projections, transformer_flux._get_projections),
+        *(transformer_flux.apply_rotary_emb, nn.RMSNorm.forward),
+    )
+    known = attention.__dict__.get(_CODE)
+    if known is not None and known.is_of(functions):
+        return known.is_original
+    if torch.compiler.is_compiling():  # which cannot see where code is from
+        return False
+    *of_diffusers, norm = functions
+    is_original = all(is_written_in(one, "diffusers") for one in of_diffusers) and is_written_in(norm, "torch")
+    vars(attention)[_CODE] = KnownCode(functions, is_original)
+    return is_original

@@ -34,7 +34,7 @@ def _forward(
         joint_attention_kwargs
         or modulate_index is not None
         or temb.dtype != hidden_states.dtype
-        or not fits(temb, hidden_states)
+        or not (fits(temb, hidden_states) and fits(temb, encoder_hidden_states))
     ):
         return None
     x, text = hidden_states, encoder_hidden_states
