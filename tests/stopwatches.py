@@ -15,6 +15,9 @@ class FakeStopwatch:
     def seconds(self, run):
         return self.duration
 
+    def seconds_of_host(self, run):
+        return self.seconds(run)
+
 
 class SteppedStopwatch(FakeStopwatch):
     """Runs what it is given, and reads a clock that the calls themselves turn."""

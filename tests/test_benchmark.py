@@ -162,6 +162,23 @@ def test_contenders_take_turns_and_the_median_is_over_rounds():
     assert found["b"].microseconds == pytest.approx(10.0) and found["b"].how == "events"
 
 
+def test_calls_that_the_host_makes_are_timed_beside():
+    stopwatch, made = SteppedStopwatch(), []
+
+    def call(x):
+        made.append(x)
+        stopwatch.now += 7e-6
+
+    recording = record(call, [(1,), (2,), (3,)], stopwatch)
+    assert recording.launched >= timing.CALLS_BY_HOST and recording.launched % 3 == 0
+    made.clear()
+    recording.launch()
+    assert len(made) == recording.launched and set(made) == {1, 2, 3}
+    found = interleave({"a": recording}, stopwatch, rounds=3, eager=True)["a"]
+    assert found.eager == pytest.approx(7.0) and found.microseconds == pytest.approx(7.0)
+    assert interleave({"a": recording}, stopwatch, rounds=3)["a"].eager is None
+
+
 def test_one_that_fails_on_the_way_leaves_the_others():
     def broken():
         raise RuntimeError("out of something")

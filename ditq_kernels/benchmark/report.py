@@ -74,6 +74,7 @@ def _result_json(case: CaseResults, result: Result, baseline: Timing | None, cop
         calls=timing.calls,
         operand_sets=timing.sets,
         how=timing.how,
+        eager_us=timing.eager,
     )
     gbs = _bandwidth(result)
     record |= dict(moved_bytes=result.moved, gbs=gbs, share_of_copy=gbs / copy_gbs if gbs and copy_gbs else None)
@@ -161,7 +162,9 @@ def _cells(record: dict[str, Any]) -> list[str] | None:
     bandwidth = f"{record['gbs']:.0f} GB/s"
     how = "" if record["how"] == "graph" else "events: launch overhead is in it"
     remark = "; ".join(part for part in (record["config"], record["note"], how) if part)
-    return [record["contender"], f"{record['median_us']:.1f} us", spread, rate, bandwidth, relation, remark]
+    eager = record.get("eager_us")
+    eager = "" if eager is None else f"eager {eager:.1f} us"
+    return [record["contender"], f"{record['median_us']:.1f} us", spread, eager, rate, bandwidth, relation, remark]
 
 
 def _aligned(rows: Iterable[list[str]]) -> list[str]:

@@ -99,7 +99,7 @@ def measure(
         except Exception as error:  # a peer may fail in any way; the reason is reported
             results[name].failure = one_line(error)
             _alive(stopwatch)
-    for name, timing in interleave(recordings, stopwatch).items():
+    for name, timing in interleave(recordings, stopwatch, eager=True).items():
         if isinstance(timing, Timing):
             results[name].timing = timing
         else:

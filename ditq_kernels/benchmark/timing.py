@@ -7,6 +7,8 @@
 - Contenders take turns, round by round, each round in another order: a GPU that changes its clock does so to all.
 - Each timed replay directly follows an untimed one of the same contender: the GPU is busy while the host enqueues, so
   that the events see the calls and not the host.
+- Beside it stands what a call takes that a program makes itself, launched one after the other until the GPU is done:
+  the host's time where that is the longer one.
 - The figure is the median over rounds; the quartiles say how far to trust it. Clocks are left as they are.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +28,7 @@ L2_MULTIPLE = 3  # bytes that a rotation reads and writes, in L2 caches
 MOST_SETS = 512
 REPLAY_SECONDS = 1e-3  # a replay takes about this long, so that the events' resolution does not show
 MOST_CALLS = 512
+CALLS_BY_HOST = 64  # at least, one after the other, so that waiting for the last one does not count
 GRAPH, EVENTS = "graph", "events"  # how calls were launched
 ROUNDS = 15
 
@@ -44,6 +48,7 @@ class Timing:
         calls: calls in a replay.
         sets: copies of the operands that they walk over.
         how: :data:`GRAPH` or :data:`EVENTS`.
+        eager: median microseconds of a call that the host makes; None where nobody asked.
     """
 
     microseconds: float
@@ -53,6 +58,7 @@ class Timing:
     calls: int
     sets: int
     how: str
+    eager: float | None = None
 
     def beats(self, other: Timing) -> bool:
         """Whether it is faster by more than the spread of the two."""
@@ -69,6 +75,9 @@ class Stopwatch(Protocol):
 
     def seconds(self, run: Callable[[], None]) -> float:
         """Duration of ``run`` on the device."""
+
+    def seconds_of_host(self, run: Callable[[], None]) -> float:
+        """From the begin of ``run`` until the device has done what it asked for."""
 
 
 class CudaStopwatch:
@@ -105,6 +114,13 @@ class CudaStopwatch:
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) * 1e-3
 
+    def seconds_of_host(self, run: Callable[[], None]) -> float:
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
     def assert_alive(self) -> None:
         """
         Raises:
@@ -119,7 +135,8 @@ class CudaStopwatch:
 
 @dataclass(frozen=True)
 class Recording:
-    """A contender ready to be timed: ``replay`` carries out ``calls`` calls over ``sets`` copies of its operands.
+    """A contender ready to be timed: ``replay`` carries out ``calls`` calls over ``sets`` copies of its operands, and
+    ``launch``, as a program would, ``launched`` of them.
 
     ``operands`` are those copies: a graph knows addresses only, and memory given back would be written by others.
     """
@@ -129,6 +146,8 @@ class Recording:
     calls: int
     sets: int
     operands: Sequence[tuple[Any, ...]] = ()
+    launch: Callable[[], None] | None = None
+    launched: int = 0
 
 
 def copies_needed(moved_bytes: int, l2_bytes: int) -> int:
@@ -172,18 +191,24 @@ def record(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], stopwatch:
     rounds = min(MOST_CALLS // len(sets), math.ceil(REPLAY_SECONDS / max(stopwatch.seconds(replay), 1e-7)))
     if rounds > 1:
         replay, how = stopwatch.record(lambda: walk(rounds))
-    return Recording(replay, how, max(1, rounds) * len(sets), len(sets), sets)
+    by_host = math.ceil(CALLS_BY_HOST / len(sets))
+    launched = by_host * len(sets)
+    return Recording(replay, how, max(1, rounds) * len(sets), len(sets), sets, lambda: walk(by_host), launched)
 
 
 def interleave(
-    recordings: Mapping[str, Recording], stopwatch: Stopwatch, rounds: int = ROUNDS
+    recordings: Mapping[str, Recording], stopwatch: Stopwatch, rounds: int = ROUNDS, eager: bool = False
 ) -> dict[str, Timing | Exception]:
     """Time all ``recordings`` in turns. One that fails on the way yields its exception, the others go on.
+
+    Args:
+        eager: time the calls that the host makes, too.
 
     Raises:
         DeviceLost: if the device fails for good.
     """
     samples: dict[str, list[float]] = {name: [] for name in recordings}
+    by_host: dict[str, list[float]] = {name: [] for name in recordings}
     failures: dict[str, Exception] = {}
     names = list(recordings)
     for turn in range(rounds):
@@ -192,21 +217,25 @@ def interleave(
             if name in failures:
                 continue
             try:
-                samples[name].append(1e6 * stopwatch.seconds(recordings[name].replay) / recordings[name].calls)
+                one = recordings[name]
+                samples[name].append(1e6 * stopwatch.seconds(one.replay) / one.calls)
+                if eager and one.launch is not None:
+                    by_host[name].append(1e6 * stopwatch.seconds_of_host(one.launch) / one.launched)
             except DeviceLost:
                 raise
             except Exception as error:
                 failures[name] = error
                 if isinstance(stopwatch, CudaStopwatch):
                     stopwatch.assert_alive()
-    return {name: failures.get(name) or summarise(samples[name], recordings[name]) for name in names}
+    return {name: failures.get(name) or summarise(samples[name], recordings[name], by_host[name]) for name in names}
 
 
-def summarise(microseconds: Sequence[float], recording: Recording) -> Timing:
-    """Median and quartiles of the samples."""
+def summarise(microseconds: Sequence[float], recording: Recording, eager: Sequence[float] = ()) -> Timing:
+    """Median and quartiles of the samples, and the median of the host's."""
     lower, median, upper = (
         statistics.quantiles(microseconds, n=4, method="inclusive")
         if len(microseconds) > 1
         else (microseconds[0], microseconds[0], microseconds[0])
     )
-    return Timing(median, lower, upper, len(microseconds), recording.calls, recording.sets, recording.how)
+    of_host = statistics.median(eager) if eager else None
+    return Timing(median, lower, upper, len(microseconds), recording.calls, recording.sets, recording.how, of_host)
