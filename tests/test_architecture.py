@@ -69,7 +69,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "model/fused_blocks": (
         ("block",),
-        ("conditioning", "flux_attention", "passes", "rms_norm", "timesteps"),
+        ("joint_attention", "passes", "rms_norm", "timesteps"),
         ("basic", "flux", "qwen_image", "sd3", "wan"),
         ("__init__",),
     ),

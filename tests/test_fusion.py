@@ -31,7 +31,7 @@ KNOWN = {
     "Wan image to video": {"WanTransformerBlock": 2},
     "Qwen-Image": {"QwenImageTransformerBlock": 2},
 }
-BLOCK_NAMES = set(fused_blocks.FUSED_BLOCKS) - {"CombinedTimestepLabelEmbeddings", "Timesteps", "RMSNorm"}
+BLOCK_NAMES = set(fused_blocks.FUSED_BLOCKS) - {"Timesteps", "RMSNorm"}
 
 
 def quantized(name, scheme):

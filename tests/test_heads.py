@@ -13,7 +13,7 @@ from small_transformers import small_transformer
 import ditq_kernels as ditq
 from ditq_kernels import UnsupportedError, kernels
 from ditq_kernels.layer import backend, error_budget, ops, reference
-from ditq_kernels.model.fused_blocks import flux, flux_attention
+from ditq_kernels.model.fused_blocks import flux, joint_attention, sd3
 
 CPU = torch.device("cpu")
 EPS = 1e-6
@@ -29,21 +29,24 @@ def streams(shape, dtype, device, normed=True):
     return wide, norms, cos, sin
 
 
+@pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6, 16), (1, 0, 7, 24, 128), (2, 1, 3, 5, 2)], ids=str)
-def test_queries_and_keys_are_normalised_and_rotated(shape, dtype, normed, device):
+def test_queries_and_keys_are_normalised_and_rotated(shape, dtype, normed, turns, device):
     batch, first, tokens, heads, channels = shape
-    wide, norms, cos, sin = streams(shape, dtype, device, normed)
+    wide, norms, *angles = streams(shape, dtype, device, normed)
+    angles = angles if turns else (None, None)
     more = (wide[:, :first], norms[2:]) if first else ()
     query, key, value = wide.unflatten(-1, (3, heads, channels)).unbind(2)
     for module in (kernels, reference):
-        found = module.attention_inputs(wide[:, first:], norms[:2], cos, sin, heads, EPS, *more)
+        found = module.attention_inputs(wide[:, first:], norms[:2], *angles, heads, EPS, *more)
         assert found.shape == (3 if first else 2, batch, first + tokens, heads, channels)
         for y, part, (behind, before) in ((found[0], query, norms[::2]), (found[1], key, norms[1::2])):
             for place, norm in ((slice(first), before), (slice(first, None), behind)):
                 if y[:, place].numel():
-                    oracle = error_budget.rotation_oracle(part[:, place], norm, cos[place], sin[place], EPS)
+                    here = (None if one is None else one[place] for one in angles)
+                    oracle = error_budget.rotation_oracle(part[:, place], norm, *here, EPS)
                     assert_within_budget(y[:, place], *oracle)
         assert not first or torch.equal(found[2], value)
 
@@ -91,6 +94,7 @@ def test_parts_that_do_not_fit_are_named(implementation, device):
             (dict(before=wide[:1]), r"before must be torch\.float32 \[2, tokens, 288\]"),
             (dict(before=wide.half()), r"got torch\.float16"),
             (dict(cos=cos[1:]), r"cos must be torch\.float32 \[8, 16\], a row for each token, got .* \[7, 16\]"),
+            (dict(sin=None), r"cos comes with sin"),
             (dict(sin=sin.double()), r"sin must be torch\.float32"),
             (dict(norms=[norms[0][:8], None]), r"query_norm must be torch\.float32 \[16\]"),
             (dict(before_norms=[None, norms[3].half()]), r"before_key_norm must be torch\.float32 \[16\]"),
@@ -126,12 +130,13 @@ def answers(monkeypatch):
     """How often attention made fewer passes, and how often it was left to the processor."""
     counted = collections.Counter()
 
-    def counting(*args):
-        found = flux_attention.flux_attention(*args)
+    def counting(*args, **kwargs):
+        found = joint_attention.joint_attention(*args, **kwargs)
         counted["left" if found is None else "fused"] += 1
         return found
 
-    monkeypatch.setattr(flux, "flux_attention", counting)
+    for blocks in (flux, sd3):
+        monkeypatch.setattr(blocks, "joint_attention", counting)
     return counted
 
 
@@ -140,6 +145,28 @@ def test_attention_of_both_blocks_gives_the_same_bits(model, answers):
     quantized, inputs, expected = model
     assert torch.equal(output(ditq.fuse(quantized), inputs), expected)
     assert answers == {"fused": 4}
+
+
+def test_without_angles_nothing_is_turned(model, answers):
+    block, width = model[0].transformer_blocks[0], model[0].inner_dim
+    given = dict(hidden_states=torch.randn(2, 9, width), encoder_hidden_states=torch.randn(2, 5, width))
+    given |= dict(temb=torch.randn(2, width))
+    with torch.no_grad(), ditq.use_backend("reference"):
+        expected = block(**given)
+        ditq.fuse(model[0])
+        assert all(map(torch.equal, block(**given), expected)) and answers == {"fused": 1}
+
+
+@pytest.mark.parametrize("name", ["SD3", "SD3.5 medium"])
+def test_attention_with_the_picture_in_front(name, answers):
+    """Stable Diffusion 3.5's has norms, and 3's has none, which leaves it to the processor."""
+    small, inputs = small_transformer(name)
+    quantized = ditq.quantize(small, "w8a8", progress=False)
+    expected = output(quantized, inputs)
+    found = output(ditq.fuse(quantized), inputs)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    blocks = len(quantized.transformer_blocks)
+    assert answers == ({"left": blocks} if name == "SD3" else {"fused": blocks})
 
 
 class OtherProcessor:

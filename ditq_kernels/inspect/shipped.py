@@ -202,13 +202,18 @@ def _activation(arch: int) -> Iterator[Variant]:
 
 def _attention_inputs(arch: int) -> Iterator[Variant]:
     """FLUX's heads, of one stream and of two; and those of other models, and without norms."""
-    for count, channels, values, kind, normed in (
-        *((24, 128, False, "bf16", True), (24, 128, True, "bf16", True), (24, 128, True, "fp32", True)),
-        *((38, 64, True, "bf16", True), (9, 256, False, "bf16", False)),
+    for count, channels, values, kind, normed, turns in (
+        *(
+            (24, 128, False, "bf16", True, True),
+            (24, 128, True, "bf16", True, True),
+            (24, 128, True, "fp32", True, True),
+        ),
+        *((38, 64, True, "bf16", True, False), (9, 256, False, "bf16", False, True)),
     ):
         constants, options = heads.specialise(count, channels, values, arch)
         norms = dict.fromkeys(("query_norm", "key_norm"), f"*{kind}" if normed else None)
-        types = dict(x=f"*{kind}", cos="*fp32", sin="*fp32", y=f"*{kind}", eps="fp32", **norms)
+        angles = dict.fromkeys(("cos", "sin"), "*fp32" if turns else None)
+        types = dict(x=f"*{kind}", y=f"*{kind}", eps="fp32", **norms, **angles)
         name = f"attention inputs {kind} {count} x {channels}{' values' if values else ''}{'' if normed else ' plain'}"
         yield Variant(name, heads.attention_inputs_kernel, types, constants, options)
 

@@ -58,8 +58,9 @@ def attention_inputs_kernel(
     at = head[:, None] * CHANNELS + channel[None, :]
     x += batch * stride_batch + token * stride_token + at
     y += batch * stride_y_batch + token * (HEADS * CHANNELS) + at
-    cos_even, cos_odd = _halves(tl.load(cos + token * CHANNELS + channel)[None, :], 1, CHANNELS)
-    sin_even, sin_odd = _halves(tl.load(sin + token * CHANNELS + channel)[None, :], 1, CHANNELS)
+    if cos is not None:
+        cos_even, cos_odd = _halves(tl.load(cos + token * CHANNELS + channel)[None, :], 1, CHANNELS)
+        sin_even, sin_odd = _halves(tl.load(sin + token * CHANNELS + channel)[None, :], 1, CHANNELS)
     dtype: tl.constexpr = y.dtype.element_ty
     for part in tl.static_range(2):
         norm = query_norm if part == 0 else key_norm
@@ -68,10 +69,11 @@ def attention_inputs_kernel(
         value = value * tl.rsqrt(mean + eps)
         if norm is not None:
             value = value * tl.load(norm + channel).to(tl.float32)[None, :]
-        even, odd = _halves(value.to(dtype).to(tl.float32), BLOCK_HEADS, CHANNELS)  # rounded as between two passes
-        turned = tl.join(even * cos_even + -odd * sin_even, odd * cos_odd + even * sin_odd)
-        turned = tl.reshape(turned, [BLOCK_HEADS, CHANNELS])
-        tl.store(y + part * stride_part, turned.to(dtype), mask=inside)
+        if cos is not None:
+            even, odd = _halves(value.to(dtype).to(tl.float32), BLOCK_HEADS, CHANNELS)  # rounded as between two passes
+            turned = tl.join(even * cos_even + -odd * sin_even, odd * cos_odd + even * sin_odd)
+            value = tl.reshape(turned, [BLOCK_HEADS, CHANNELS])
+        tl.store(y + part * stride_part, value.to(dtype), mask=inside)
     if VALUES:
         tl.store(y + 2 * stride_part, tl.load(x + 2 * HEADS * CHANNELS, mask=inside, other=0), mask=inside)
 
@@ -90,8 +92,8 @@ def specialise(
 def attention_inputs(
     x: torch.Tensor,
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     heads: int,
     eps: float,
     before: torch.Tensor | None = None,
@@ -102,7 +104,7 @@ def attention_inputs(
     Raises:
         UnsupportedError: for heads whose channels are no power of two of 2 to MOST_CHANNELS.
     """
-    channels = cos.shape[1]
+    channels = x.shape[2] // (3 * heads)
     if channels & (channels - 1) or not 2 <= channels <= MOST_CHANNELS:
         raise UnsupportedError(
             f"attention_inputs on the triton backend takes heads of 2, 4, 8 ... {MOST_CHANNELS} channels, got "
@@ -125,8 +127,8 @@ def attention_inputs(
                 (
                     stream,
                     *of_stream,
-                    cos[place],
-                    sin[place],
+                    None if cos is None else cos[place],
+                    None if sin is None else sin[place],
                     of_place,
                     stream.shape[1],
                     stream.stride(0),

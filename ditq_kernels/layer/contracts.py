@@ -36,7 +36,7 @@ _library.define("gelu_quantize(Tensor x, Tensor? amax, str approximate, Tensor? 
 _library.define(f"norm_modulate(Tensor x, {_NORM}, float eps) -> Tensor")
 _library.define(f"norm_modulate_quantize(Tensor x, {_NORM}, Tensor? amax, float eps) -> (Tensor, Tensor)")
 _library.define(
-    "attention_inputs(Tensor x, Tensor? query_norm, Tensor? key_norm, Tensor cos, Tensor sin, int heads, float eps, "
+    "attention_inputs(Tensor x, Tensor? query_norm, Tensor? key_norm, Tensor? cos, Tensor? sin, int heads, float eps, "
     "Tensor? before=None, Tensor? before_query_norm=None, Tensor? before_key_norm=None) -> Tensor"
 )
 _library.define(
@@ -85,7 +85,7 @@ def _attention_inputs(
     check_heads(x, norms, cos, sin, heads, before)
     query_norm, key_norm, *before_norms = map(side_by_side, norms)
     x, before = (one if one is None or one.stride(2) == 1 else one.contiguous() for one in (x, before))
-    turning = cos.contiguous(), sin.contiguous()
+    turning = side_by_side(cos), side_by_side(sin)
     return backend_of(x.device).attention_inputs(
         x, (query_norm, key_norm), *turning, heads, eps, before, tuple(before_norms)
     )

@@ -149,15 +149,17 @@ def norm_budget(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rotation_oracle(
-    x: torch.Tensor, norm: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    x: torch.Tensor, norm: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(exact, budget), fp64, of ``x`` [B, S, H, D] normalised over D, rounded to its dtype and rotated, as
-    :func:`.reference.attention_inputs` does; two products and a sum of each pair of channels.
+    """(exact, budget), fp64, of ``x`` [B, S, H, D] normalised over D, rounded to its dtype and rotated, where there are
+    angles, as :func:`.reference.attention_inputs` does; two products and a sum of each pair of channels.
     """
     weight = None if norm is None else norm.double()
     normed = F.rms_norm(x.double(), x.shape[-1:], weight, eps)
     error = NORM_ROUNDINGS * FP32_ROUNDING * normed.abs()
     error = error + rounding(normed.abs() + error, x.dtype)
+    if cos is None:
+        return normed, error
 
     def turned(value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
         even, odd = value.unflatten(-1, (-1, 2)).unbind(-1)

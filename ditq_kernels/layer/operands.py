@@ -160,8 +160,10 @@ def check_heads(x, norms, cos, sin, heads, before) -> None:
             raise ValueError(f"before must be {x.dtype} [{batch}, tokens, {columns}], as x is, got {found}")
         tokens += before.shape[1]
     channels = columns // (3 * heads)
+    if (cos is None) != (sin is None):
+        raise ValueError("cos comes with sin, and sin with cos")
     for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor.shape != (tokens, channels) or tensor.dtype != torch.float32:
+        if tensor is not None and (tensor.shape != (tokens, channels) or tensor.dtype != torch.float32):
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{name} must be torch.float32 [{tokens}, {channels}], a row for each token, got {found}")
     for name, tensor in zip(names, norms, strict=True):

@@ -287,20 +287,20 @@ def norm_modulate_quantize(
 def attention_inputs(
     x: torch.Tensor,
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     heads: int,
     eps: float,
     before: torch.Tensor | None = None,
     before_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values [B, S, H, D] of attention over rotary embeddings, in ``x.dtype``; for inference. Values
-    of one stream are a view.
+    """Queries, keys and values [B, S, H, D] of attention, in ``x.dtype``; for inference. Values of one stream are a
+    view.
 
     Args:
         x: [B, T, 3 * H * D], queries, keys and values side by side, as one product makes them.
         norms: RMSNorm's weights [D] of queries and keys, head by head, which are rounded to ``x.dtype`` behind it.
-        cos, sin: fp32 [S, D], by which neighbouring channels are turned as points.
+        cos, sin: fp32 [S, D], by which neighbouring channels are turned as points; None turns nothing.
         before: [B, S - T, 3 * H * D], a stream of tokens in front of ``x``, with norms of its own.
 
     Raises:

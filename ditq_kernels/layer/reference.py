@@ -113,8 +113,8 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 def attention_inputs(
     x: torch.Tensor,
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     heads: int,
     eps: float,
     before: torch.Tensor | None = None,
@@ -122,8 +122,8 @@ def attention_inputs(
 ) -> torch.Tensor:
     """Queries, keys and, with ``before``, values of attention, [2 or 3, B, S, H, D]: of ``x`` [B, T, 3 * H * D], q, k
     and v side by side, behind those of ``before``. Queries and keys are normalised head by head (RMSNorm with the
-    weights ``norms``, rounded to ``x.dtype``) and rotated by ``cos`` and ``sin``, fp32 [S, D] (Su et al., arXiv
-    2104.09864; neighbours form the pairs, and each of a pair has its own factors).
+    weights ``norms``, rounded to ``x.dtype``) and rotated by ``cos`` and ``sin``, fp32 [S, D], where they are there (Su
+    et al., arXiv 2104.09864; neighbours form the pairs, and each of a pair has its own factors).
     """
     streams = ((x, norms),) if before is None else ((before, before_norms), (x, norms))
     parts = []
@@ -132,7 +132,7 @@ def attention_inputs(
         channels = value.shape[-1:]
         parts.append([F.rms_norm(y, channels, norm, eps) for y, norm in zip(normed, of_stream, strict=True)] + [value])
     query, key, value = (torch.cat(of_streams, 1) for of_streams in zip(*parts, strict=True))
-    rotated = [_rotated(query, cos, sin), _rotated(key, cos, sin)]
+    rotated = [query, key] if cos is None else [_rotated(query, cos, sin), _rotated(key, cos, sin)]
     return torch.stack(rotated if before is None else [*rotated, value])
 
 

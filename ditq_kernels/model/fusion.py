@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import hosts, shared_projections
-from .fused_blocks import conditioning, fuse_block, unfuse_block
+from .fused_blocks import fuse_block, unfuse_block
 from .wrappers import bare
 
 
@@ -17,14 +17,12 @@ def fuse(model: nn.Module) -> None:
             fuse_block(module)
         elif shares and not shared_projections.shares(module):
             shared_projections.share(module)
-    conditioning.share(bare(model))
 
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`."""
     for module in list(bare(model).modules()):
         unfuse_block(module)
-    conditioning.part(bare(model))
     part_projections(model)
 
 

@@ -77,20 +77,21 @@ def norm(shape: tuple[int, int, int], dtype: torch.dtype, static: bool, modulate
     return said + ", " + within_budget(y, (exact, error_budget.norm_budget(exact, dtype)), SHORT[dtype])
 
 
-def attention_inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, normed: bool):
+def attention_inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, normed: bool, turns: bool):
     """Of one stream or of two, parts of something wider: (B, tokens before, tokens, heads, channels)."""
     batch, first, tokens, count, channels = shape
     wide = activations(batch * (first + tokens), 3 * count * channels, dtype).unflatten(0, (batch, -1))
     norms = [torch.randn(channels, generator=generator(number)).to(dtype) if normed else None for number in range(4)]
-    cos, sin = torch.randn(2, first + tokens, channels, generator=generator(5))
+    angles = tuple(torch.randn(2, first + tokens, channels, generator=generator(5))) if turns else (None, None)
     more = (wide[:, :first], tuple(norms[2:])) if first else ()
-    found = heads.attention_inputs(wide[:, first:], tuple(norms[:2]), cos, sin, count, EPS, *more)
+    found = heads.attention_inputs(wide[:, first:], tuple(norms[:2]), *angles, count, EPS, *more)
     query, key, value = wide.unflatten(-1, (3, count, channels)).unbind(2)
     said = []
     for name, y, part, (behind, before) in (("q", found[0], query, norms[::2]), ("k", found[1], key, norms[1::2])):
         for stream, norm in ((slice(first), before), (slice(first, None), behind)):
             if y[:, stream].numel():
-                oracle = error_budget.rotation_oracle(part[:, stream], norm, cos[stream], sin[stream], EPS)
+                here = (None if one is None else one[stream] for one in angles)
+                oracle = error_budget.rotation_oracle(part[:, stream], norm, *here, EPS)
                 said.append(within_budget(y[:, stream], oracle, name))
     return ", ".join([*said, *([equal(found[2], value.contiguous(), "v")] if first else [])])
 
@@ -149,10 +150,10 @@ def _activation_cases() -> Iterator[Case]:
 def _attention_cases() -> Iterator[Case]:
     for shape in ((2, 3, 5, 6, 16), (1, 0, 4, 24, 128), (1, 2, 3, 24, 128), (2, 1, 3, 38, 64), (1, 0, 3, 9, 256)):
         for dtype in DTYPES:
-            for normed in (True, False):
-                label = f"{SHORT[dtype]} {shape}{'' if normed else ' plain'}"
+            for normed, turns in ((True, True), (False, True), (True, False)):
+                label = f"{SHORT[dtype]} {shape}{'' if normed else ' plain'}{'' if turns else ' unturned'}"
                 quick = dtype == BF16 and normed and shape[3] in (6, 24)
-                yield case_of("attention inputs", label, attention_inputs, shape, dtype, normed, quick=quick)
+                yield case_of("attention inputs", label, attention_inputs, shape, dtype, normed, turns, quick=quick)
 
 
 def cases(arch: int) -> Iterator[Case]:

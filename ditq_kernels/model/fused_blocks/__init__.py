@@ -10,7 +10,6 @@ from torch import nn
 from ..substituted_class import Forward, is_substituted, restore, substitute
 from .basic import BASIC
 from .block import FusedBlock
-from .conditioning import CONDITIONING
 from .flux import FLUX_DOUBLE, FLUX_SINGLE
 from .qwen_image import QWEN_IMAGE
 from .rms_norm import RMS_NORM
@@ -19,8 +18,7 @@ from .timesteps import TIMESTEPS
 from .wan import WAN
 
 FUSED_BLOCKS: dict[str, FusedBlock] = {
-    block.name: block
-    for block in (BASIC, SD3, FLUX_DOUBLE, FLUX_SINGLE, WAN, QWEN_IMAGE, CONDITIONING, TIMESTEPS, RMS_NORM)
+    block.name: block for block in (BASIC, SD3, FLUX_DOUBLE, FLUX_SINGLE, WAN, QWEN_IMAGE, TIMESTEPS, RMS_NORM)
 }
 
 _FUSED = "_ditq_fused"  # that a block is, in its state

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .flux_attention import flux_attention, runs_as_written
+from .joint_attention import joint_attention, runs_as_written
 from .passes import (
     FEED_FORWARD,
     after_gelu,
@@ -55,7 +55,7 @@ def _double(
     entering = normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale)
     text_entering = normed(block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale)
     outputs = {"to_out": (x, gate), "to_add_out": (text, text_gate)}
-    found = flux_attention(block.attn, image_rotary_emb, entering, text_entering)
+    found = joint_attention(block.attn, entering, text_entering, image_rotary_emb)
     if found is None:
         inputs = dict(encoder_hidden_states=text_entering, image_rotary_emb=image_rotary_emb)
         x, text = attended(block.attn, outputs, hidden_states=entering, **inputs)
@@ -100,7 +100,7 @@ def _single(
     layer = joined_at(block.attn, "to_q") if takes_codes(block.proj_mlp) else None
     entering = normed(block.norm.norm, x, layer, shift, scale)
     hidden = block.proj_mlp(entering)
-    found = flux_attention(block.attn, image_rotary_emb, entering)
+    found = joint_attention(block.attn, entering, rotary=image_rotary_emb)
     attention = block.attn(hidden_states=entering, image_rotary_emb=image_rotary_emb) if found is None else found[0]
     x = clipped(after_gelu(block.proj_out, block.act_mlp, hidden, x, gate, before=attention))
     texts = encoder_hidden_states.shape[1]

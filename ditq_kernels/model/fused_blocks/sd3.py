@@ -9,10 +9,23 @@ from torch import nn
 
 from ..shared_projections import joined_at
 from .block import FusedBlock
-from .passes import FEED_FORWARD, added, attended, feed_forward, fits, has_feed_forward, has_norm, modulation, normed
+from .joint_attention import joint_attention, runs_as_written
+from .passes import (
+    FEED_FORWARD,
+    added,
+    attended,
+    feed_forward,
+    fits,
+    has_feed_forward,
+    has_norm,
+    modulation,
+    normed,
+    projected,
+)
 
 
 def _is_known(block: nn.Module) -> bool:
+    runs_as_written(block.attn)  # asked now, it need not be when it is compiled
     norms = [block.norm1.norm, block.norm1_context.norm, block.norm2]
     mlps = [block.ff]
     if not block.context_pre_only:
@@ -52,14 +65,15 @@ def _forward(
         second_shift, second_scale, second_gate = of_second
         entering = normed(block.norm1.norm, x, joined_at(block.attn2, "to_q"), second_shift, second_scale)
         second = block.attn2(hidden_states=entering)
-    x, *rest = attended(
-        block.attn,
-        outputs,
-        hidden_states=normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale),
-        encoder_hidden_states=normed(
-            block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale
-        ),
-    )
+    entering = normed(block.norm1.norm, x, joined_at(block.attn, "to_q"), shift, scale)
+    text_entering = normed(block.norm1_context.norm, text, joined_at(block.attn, "add_q_proj"), text_shift, text_scale)
+    found = joint_attention(block.attn, entering, text_entering)
+    if found is None:
+        inputs = dict(hidden_states=entering, encoder_hidden_states=text_entering)
+        x, *rest = attended(block.attn, outputs, **inputs)
+    else:
+        parts = zip(outputs, found, strict=False)  # of the last block's text nothing is asked
+        x, *rest = (projected(block.attn, name, y, *outputs[name]) for name, y in parts)
     if second is not None:
         x = added(x, second_gate, second)
     entering = normed(block.norm2, x, block.ff.net[0].proj, shift_mlp, scale_mlp)
