@@ -122,6 +122,18 @@ with tempfile.TemporaryDirectory() as cache, standing_in(Device("counted", arch,
         tape.forget()
         added = lambda x, residual, wider: layer.added_to(residual, wider[:, 96:192], x)
         repeats(added, lambda: (*wide(2, 35, 128), *wide(2, 35, 96), *wide(2, 288)))
+    for scheme, route in (("w8a8", "overlapped"), ("w4a8_g128", "expanded_overlapped")):  # Gluon's descriptors
+        layer = QuantLinear.from_linear(nn.Linear(128, 96).bfloat16(), scheme)
+        dispatch.chosen = lambda *args, route=route: config.CONFIGS[route][-1]
+        tape.forget()
+        repeats(layer, lambda: wide(2, 35, 128))
+    dispatch.chosen = chosen
+    norms = wide(64) + wide(64)
+    angles = torch.randn(27, 64), torch.randn(27, 64)
+    heads = lambda x, text: ops.attention_inputs(x, norms, *angles, 2, 1e-6, text, norms)  # parts of one result
+    repeats(heads, lambda: (*wide(2, 20, 384), *wide(2, 7, 384)), exact=False)
+    unturned = lambda x: ops.attention_inputs(x, norms, None, None, 2, 1e-6)
+    repeats(unturned, lambda: wide(2, 20, 384), exact=False)
     repeats(lambda x: ops.quantize_activation(x), lambda: wide(40, 160))
     repeats(lambda x: ops.gelu_quantize(x, None, "tanh")[1].isfinite(), lambda: wide(40, 160))
     norm = lambda x, shift, scale: ops.norm_modulate(x, shift, scale)
