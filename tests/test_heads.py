@@ -147,6 +147,14 @@ def test_attention_of_both_blocks_gives_the_same_bits(model, answers):
     assert answers == {"fused": 4}
 
 
+def test_unfusing_leaves_nothing_in_attentions(model):
+    quantized, inputs, _ = model
+    output(ditq.fuse(quantized), inputs)
+    assert any(joint_attention.CODE in vars(module) for module in quantized.modules())
+    ditq.unfuse(quantized)
+    assert not any("_ditq" in key for block in quantized.transformer_blocks for key in vars(block.attn))
+
+
 def test_without_angles_nothing_is_turned(model, answers):
     block, width = model[0].transformer_blocks[0], model[0].inner_dim
     given = dict(hidden_states=torch.randn(2, 9, width), encoder_hidden_states=torch.randn(2, 5, width))

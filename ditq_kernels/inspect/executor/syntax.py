@@ -15,20 +15,8 @@ WIDTH |= {"s16x2": 4, "u16x2": 4}
 # Opcodes whose first operand is no result.
 WITHOUT_RESULT = frozenset(
     (
-        "st",
-        "bar",
-        "barrier",
-        "bra",
-        "brx",
-        "ret",
-        "exit",
-        "cp",
-        "fence",
-        "membar",
-        "red",
-        "prefetch",
-        "trap",
-        "setmaxnreg",
+        *("st", "bar", "barrier", "bra", "brx", "ret", "exit", "cp", "fence", "membar", "red"),
+        *("prefetch", "trap", "setmaxnreg"),
     )
 )
 

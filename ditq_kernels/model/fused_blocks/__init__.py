@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..substituted_class import Forward, is_substituted, restore, substitute
+from . import joint_attention
 from .basic import BASIC
 from .block import FusedBlock
 from .flux import FLUX_DOUBLE, FLUX_SINGLE
@@ -40,6 +41,7 @@ def fuse_block(module: nn.Module) -> None:
 
 def unfuse_block(module: nn.Module) -> None:
     """Undo :func:`fuse_block`; hooks that were put on the block between them keep the forward that they found."""
+    vars(module).pop(joint_attention.CODE, None)
     if vars(module).pop(_FUSED, False):
         restore(module)
 

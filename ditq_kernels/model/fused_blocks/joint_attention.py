@@ -21,7 +21,7 @@ from ...layer.shared_input import has_hooks
 from ..shared_projections import KnownCode, is_written_in, joined_at
 from ..substituted_class import class_before
 
-_CODE = "_ditq_joint_code"  # where an attention keeps a KnownCode
+CODE = "_ditq_joint_code"  # where an attention keeps a KnownCode
 CHANNELS = (16, 32, 64, 128, 256)  # of heads that the kernels take
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -155,7 +155,7 @@ def runs_as_written(attention: nn.Module) -> bool:
     known = JOINT_ATTENTIONS.get(type(attention.processor).__name__)
     if known is None:
         return False
-    noted = attention.__dict__.get(_CODE)
+    noted = attention.__dict__.get(CODE)
     if torch.compiler.is_compiling():  # which cannot see where code is from
         return noted is not None and noted.is_original
     module, (of_norm, norm) = importlib.import_module(known.module), known.norm
@@ -168,5 +168,5 @@ def runs_as_written(attention: nn.Module) -> bool:
     *of_diffusers, forward = functions
     is_original = all(is_written_in(one, "diffusers") for one in of_diffusers)
     is_original = is_original and is_written_in(forward, of_norm.partition(".")[0])
-    vars(attention)[_CODE] = KnownCode(functions, is_original)
+    vars(attention)[CODE] = KnownCode(functions, is_original)
     return is_original
