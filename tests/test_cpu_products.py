@@ -16,6 +16,7 @@ from ditq_kernels import QuantLinear
 from ditq_kernels.layer import cpu, cpu_extension, reference
 from ditq_kernels.layer.cpu_extension import ACTIVATION_DTYPES, OUTPUT_DTYPES
 from ditq_kernels.layer.formats import WEIGHT_FORMATS
+from ditq_kernels.layer.gated_residual import GatedResidual
 from ditq_kernels.layer.packed_weight import PackedWeight
 from ditq_kernels.layer.packing import LAYOUTS, pack_groups
 from ditq_kernels.layer.quantizer import quantize_weight
@@ -80,8 +81,37 @@ def test_products(level, fmt, shape, has_bias):
     bias = torch.randn(outputs, generator=generator(1)).to(torch.bfloat16) if has_bias else None
     for dtype in OUTPUT_DTYPES:
         if dtype != torch.int32 or not fmt.promoted:
-            found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, level)
+            found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, level=level)
             assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype))
+
+
+def residual_of(rows, outputs, dtype, seed=2):
+    """A part of a wider stream, and gates of which each is for as few rows as can be; a row of the stream is NaN."""
+    samples = next(samples for samples in range(min(rows, 5), 0, -1) if rows % samples == 0)
+    residual = torch.randn(rows, outputs + 3, generator=generator(seed)).to(dtype)[:, 1 : outputs + 1]
+    residual[rows // 2] = torch.nan
+    gate = torch.randn(samples, 2 * outputs, generator=generator(seed + 1)).to(dtype)[:, outputs:]
+    return GatedResidual(residual, gate)
+
+
+@problems
+@levels
+def test_added_products(level, fmt, shape):
+    rows, outputs, inputs = shape
+    weight, (qx, sx) = weight_of(fmt, outputs, inputs), int8_activations(rows, inputs)
+    bias = torch.randn(outputs, generator=generator(1))
+    for dtype in ACTIVATION_DTYPES:
+        added = residual_of(rows, outputs, dtype)
+        found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, added, level)
+        assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype, added=added))
+
+
+@levels
+def test_tasks_of_many_inputs_are_wide(level):
+    """Activations that no second cache holds; outputs that end inside a wide task."""
+    weight, (qx, sx) = weight_of(WEIGHT_FORMATS["w4_g128"], 400, 4608), int8_activations(1100, 4608)
+    found = cpu_extension.linear_a8(qx, sx, weight, None, torch.float32, level=level)
+    assert_same_bits(found, reference.linear_a8(qx, sx, weight, None, torch.float32))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
@@ -91,7 +121,7 @@ def test_any_number_of_threads_gives_the_same(level, threads, one_thread):
     torch.set_num_threads(threads)  # the fixture brings back what was
     for name in ("w8_g128", "w4_g64"):
         weight, (qx, sx) = weight_of(WEIGHT_FORMATS[name], 130, 640), int8_activations(1500, 640)
-        found = cpu_extension.linear_a8(qx, sx, weight, None, torch.float32, level)
+        found = cpu_extension.linear_a8(qx, sx, weight, None, torch.float32, level=level)
         assert_same_bits(found, reference.linear_a8(qx, sx, weight, None, torch.float32))
 
 
@@ -100,8 +130,9 @@ def test_many_rows_take_turns(level):
     weight, (qx, sx) = weight_of(WEIGHT_FORMATS["w4_g32"], 24, 64), int8_activations(8192 + 1100, 64)
     bias = torch.ones(24)
     for dtype in (torch.float32, torch.bfloat16):
-        found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, level)
-        assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype))
+        added = residual_of(len(qx), 24, dtype)
+        found = cpu_extension.linear_a8(qx, sx, weight, bias, dtype, added, level)
+        assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype, added=added))
 
 
 def test_every_code_of_int8():
@@ -110,7 +141,7 @@ def test_every_code_of_int8():
     weight = PackedWeight(codes, torch.ones(64), None, WEIGHT_FORMATS["w8"], 1024)
     qx = torch.full((8, 1024), -128, dtype=torch.int8)
     for level in LEVELS:
-        found = cpu_extension.linear_a8(qx, torch.ones(8), weight, None, torch.int32, level)
+        found = cpu_extension.linear_a8(qx, torch.ones(8), weight, None, torch.int32, level=level)
         assert_same_bits(found, reference.linear_a8(qx, torch.ones(8), weight, None, torch.int32))
 
 
@@ -123,7 +154,9 @@ def emulated(tmp_path_factory):
     compiler = [shutil.which("g++"), *options]
     objects = []
     for level in EMULATED:
-        defined = ["-DDITQ_EMULATED", f"-DDITQ_LEVEL={level}", f'-DDITQ_TILE="tile_{level}.h"', "-DDITQ_LANES=16"]
+        instructions = ROOT / "tests" / "emulation" / f"{level}_instructions.h"
+        defined = [f"-DDITQ_LEVEL={level}", f'-DDITQ_TILE="tile_{level}.h"', "-DDITQ_LANES=16"]
+        defined += [f'-DDITQ_INSTRUCTIONS="{instructions}"', f"-I{source}"]
         objects.append(folder / f"{level}.o")
         subprocess.run(
             [*compiler, *defined, "-c", source / "int8_product.cpp", "-o", objects[-1]], check=True, capture_output=True
@@ -134,7 +167,7 @@ def emulated(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def emulated_product(library, level, qx, sx, weight, bias, dtype, task_tiles):
+def emulated_product(library, level, qx, sx, weight, bias, dtype, added, task_tiles, task_outputs):
     def address(tensor):
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -156,7 +189,13 @@ def emulated_product(library, level, qx, sx, weight, bias, dtype, task_tiles):
         address(bias),
         address(out),
         (torch.float32, torch.bfloat16, torch.float16, torch.int32).index(dtype),
+        address(added and added.residual),
+        size(added.residual.stride(0) if added else 0),
+        address(added and added.gate),
+        size(added.gate.stride(0) if added else 0),
+        size(added.rows_per_gate if added else 1),
         size(task_tiles),
+        size(task_outputs),
     )
     return out
 
@@ -166,13 +205,15 @@ def emulated_product(library, level, qx, sx, weight, bias, dtype, task_tiles):
 @pytest.mark.parametrize("level", EMULATED)
 def test_emulated_products(emulated, level, fmt, shape):
     rows, outputs, inputs = shape
-    rows = min(rows, 150)  # five tiles of the largest
+    rows = min(rows, 150)  # some tiles of the largest
     weight, (qx, sx) = weight_of(fmt, outputs, inputs), int8_activations(rows, inputs)
     bias = torch.randn(outputs, generator=generator(1))
     for index, dtype in enumerate(OUTPUT_DTYPES):
         if dtype != torch.int32 or not fmt.promoted:
-            found = emulated_product(emulated, level, qx, sx, weight, bias, dtype, task_tiles=1 + 2 * index)
-            assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype))
+            task = {"task_tiles": 1 + 2 * index, "task_outputs": 64 * (1 + index % 3)}
+            for added in (None, residual_of(rows, outputs, dtype)) if dtype.is_floating_point else (None,):
+                found = emulated_product(emulated, level, qx, sx, weight, bias, dtype, added, **task)
+                assert_same_bits(found, reference.linear_a8(qx, sx, weight, bias, dtype, added=added))
 
 
 def special_rows(rows, inputs, dtype):

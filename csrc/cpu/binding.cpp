@@ -32,9 +32,11 @@ constexpr std::int64_t WEIGHTS_PER_TASK = 1 << 16;
 constexpr std::int64_t ACTIVATIONS_PER_TASK = 1 << 14;
 constexpr std::int64_t COMPENSATED_ROWS = 64;
 constexpr std::int64_t TASKS_PER_THREAD = 4;
-constexpr std::int64_t FEWEST_TILES = 16;  // of a task: it decodes its weights for them
+constexpr std::int64_t LAID_OUT_ROWS = 128;  // at a time
 constexpr std::int64_t ROUNDED_ROWS = 32;  // at a time, or a tile's if these are more
 constexpr std::int64_t MOST_TASK_ROWS = 1024;  // whose sums the second cache may hold
+constexpr std::size_t KEPT_ACTIVATIONS = 5 << 18;  // bytes that a second cache of 2 MB keeps beside sums and panels
+constexpr std::int64_t WIDEST_TASK = 3 * TASK_OUTPUTS;
 constexpr std::int64_t ROWS_AT_ONCE = 8192;  // bounds the memory in which activations are laid out
 
 // The level asked for, or (-1) the last that runs on this CPU.
@@ -164,22 +166,39 @@ struct Release {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 
+// Sets the size of the tasks of `given`: at most MOST_TASK_ROWS rows, some tasks for each thread; and wide ones where all
+// activations of a task would be fetched from behind the second cache again for every TASK_OUTPUTS outputs.
+void set_task(const Int8ProductLevel& product, Int8Product& given) {
+    const std::int64_t tiles = divided_up(given.rows, product.tile_rows), threads = torch::stable::get_num_threads();
+    const auto set = [&](std::int64_t outputs) {
+        const std::int64_t columns = divided_up(given.outputs, outputs);
+        const std::int64_t wanted = divided_up(TASKS_PER_THREAD * threads, columns);
+        const std::int64_t fewest = divided_up(given.rows, MOST_TASK_ROWS);
+        const std::int64_t most = std::max<std::int64_t>(1, given.rows / product.fewest_rows);
+        const std::int64_t stretches = std::max(fewest, std::min(wanted, most));
+        given.task_rows = divided_up(tiles, stretches) * product.tile_rows;
+        given.task_outputs = outputs;
+        // Outputs of the thread that has the most.
+        return divided_up(columns * divided_up(given.rows, given.task_rows), threads) * given.task_rows * outputs;
+    };
+    const std::int64_t narrow = set(TASK_OUTPUTS);
+    if (product.arranged_bytes(given) / divided_up(given.rows, given.task_rows) <= KEPT_ACTIVATIONS) return;
+    std::int64_t outputs = WIDEST_TASK;
+    while (set(outputs) > narrow + narrow / 16) outputs -= TASK_OUTPUTS;
+}
+
 // `lay_out` fills the tiles [first, last) of the activations as the product reads them.
 template <class LayOut>
 void multiply(const Int8ProductLevel& product, Int8Product given, std::int64_t fewest_tiles, LayOut lay_out) {
+    set_task(product, given);
     const std::int64_t tiles = divided_up(given.rows, product.tile_rows);
-    const std::int64_t columns = divided_up(given.outputs, TASK_OUTPUTS);
-    const std::int64_t wanted = divided_up(TASKS_PER_THREAD * torch::stable::get_num_threads(), columns);
-    const std::int64_t fewest = divided_up(given.rows, MOST_TASK_ROWS);
-    const std::int64_t stretches = std::max(std::max<std::int64_t>(1, fewest), std::min(wanted, tiles / FEWEST_TILES));
-    given.task_rows = divided_up(tiles, stretches) * product.tile_rows;
-
     const std::unique_ptr<void, Release> arranged(
         ::operator new(product.arranged_bytes(given), std::align_val_t{64}));
     torch::stable::parallel_for(0, tiles, fewest_tiles, [&](std::int64_t first, std::int64_t last) {
         lay_out(given, arranged.get(), first, last);
     });
-    const std::int64_t tasks = columns * divided_up(given.rows, given.task_rows);
+    const std::int64_t tasks =
+        divided_up(given.outputs, given.task_outputs) * divided_up(given.rows, given.task_rows);
     torch::stable::parallel_for(0, tasks, 1, [&](std::int64_t first, std::int64_t last) {
         product.multiply(given, arranged.get(), first, last);
     });
@@ -219,6 +238,11 @@ Tensor multiply_all(
         Int8Product part = given;
         part.rows = std::min(ROWS_AT_ONCE, out.size(0) - first_row);
         part.sx += first_row;
+        part.first_row = first_row;
+        if (given.residual != nullptr) {
+            const std::int64_t row_bytes = given.residual_stride * static_cast<std::int64_t>(out.element_size());
+            part.residual = static_cast<const std::uint8_t*>(given.residual) + first_row * row_bytes;
+        }
         part.out = static_cast<std::uint8_t*>(out.mutable_data_ptr()) + first_row * out_row_bytes;
         multiply(
             *product.int8_product, part, fewest_tiles,
@@ -233,16 +257,24 @@ constexpr ScalarType OUTPUT_SCALARS[] = {ScalarType::Float, ScalarType::BFloat16
 
 Tensor linear_a8(
     Tensor qx, Tensor sx, Tensor qweight, Tensor scale, OptionalTensor group_code, OptionalTensor bias,
-    std::int64_t group, bool promoted, std::int64_t out_type, std::int64_t level) {
+    std::int64_t group, bool promoted, std::int64_t out_type, OptionalTensor residual, OptionalTensor gate,
+    std::int64_t level) {
     const ProductLevel& product = chosen(product_levels(), level);
     Int8Product given{};
     given.sx = static_cast<const float*>(sx.const_data_ptr());
     given.inputs = qx.size(1);
     set_weight(given, qweight, scale, group_code, group, promoted);
+    if (residual) {
+        given.residual = residual->const_data_ptr();
+        given.residual_stride = residual->stride(0);
+        given.gate = gate->const_data_ptr();
+        given.gate_stride = gate->stride(0);
+        given.rows_per_gate = residual->size(0) / gate->size(0);
+    }
     const auto* codes = static_cast<const std::int8_t*>(qx.const_data_ptr());
     return multiply_all(
         product, given, bias, torch::stable::new_empty(qx, {qx.size(0), given.outputs}, OUTPUT_SCALARS[out_type]),
-        FEWEST_TILES,
+        divided_up(LAID_OUT_ROWS, product.int8_product->tile_rows),
         [&](std::int64_t first_row, Int8Product rows, void* arranged, std::int64_t first, std::int64_t last) {
             rows.x = codes + first_row * rows.inputs;
             product.int8_product->arrange(rows, arranged, first, last);
@@ -334,7 +366,9 @@ STABLE_TORCH_LIBRARY(ditq_cpu, library) {
     library.def(
         "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? amax, int tokens, "
         "float eps, int level) -> (Tensor, Tensor)");
-    library.def(("linear_a8(Tensor qx, Tensor sx, " + weight + ", int out_type, int level) -> Tensor").c_str());
+    library.def(
+        ("linear_a8(Tensor qx, Tensor sx, " + weight +
+         ", int out_type, Tensor? residual, Tensor? gate, int level) -> Tensor").c_str());
     library.def(("quantized_linear(Tensor x, Tensor? amax, " + weight + ", int level) -> Tensor").c_str());
     library.def(("few_rows(Tensor x, " + weight + ", float largest, int level) -> (Tensor, bool)").c_str());
     library.def("weight_level_count() -> int");

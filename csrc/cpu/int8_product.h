@@ -27,20 +27,31 @@ struct Int8Product {
     void* out;          // [rows, outputs]
     OutputType out_type;
 
-    std::int64_t task_rows;  // of the output, that one task computes; whole tiles of the level
+    // What the product is added to once it is rounded, times a row of gates for so many rows; both of out_type, rows so
+    // many values apart. Or null.
+    const void* residual;  // [rows, outputs]
+    std::int64_t residual_stride;
+    const void* gate;
+    std::int64_t gate_stride;
+    std::int64_t rows_per_gate;
+    std::int64_t first_row;  // of `rows`, counted from the first gate's
+
+    // What one task computes of the output: whole tiles of the level, and whole TASK_OUTPUTS.
+    std::int64_t task_rows;
+    std::int64_t task_outputs;
 };
 
-// Outputs that one task computes.
 constexpr std::int64_t TASK_OUTPUTS = 64;
 
 // One level of instructions.
 struct Int8ProductLevel {
     std::int64_t tile_rows;
+    std::int64_t fewest_rows;  // of a task, for which it is worth while to decode weights
     // Bytes of the activations as `arrange` lays them out, for `multiply` to read.
     std::size_t (*arranged_bytes)(const Int8Product&);
     // Tiles [first, last) of tile_rows rows.
     void (*arrange)(const Int8Product&, void* arranged, std::int64_t first, std::int64_t last);
-    // Tasks [first, last): all blocks of rows of the first TASK_OUTPUTS outputs, then of the next.
+    // Tasks [first, last): all stretches of rows of the first task_outputs outputs, then of the next.
     void (*multiply)(const Int8Product&, const void* arranged, std::int64_t first, std::int64_t last);
 };
 

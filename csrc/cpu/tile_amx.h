@@ -1,89 +1,27 @@
-// Products of int8 by AMX: tiles of 16 rows of 64 bytes, two of activations by two of weights at a time.
+// Products of int8 by AMX: one tile of activations by four of weights at a time, 16 rows of 64 bytes each. Two by two would
+// load four tiles for four products instead of five; but weights are in the first cache, and of activations, which come
+// from the second, twice as many would be loaded.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "tile_shapes.h"
+#ifndef DITQ_INSTRUCTIONS  // tests carry out others
+#define DITQ_INSTRUCTIONS "amx_instructions.h"
+#endif
+#include DITQ_INSTRUCTIONS
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-// Of the eight tile registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights. As the processor reads it.
-struct alignas(64) TileShapes {
-    std::uint8_t palette = 1;
-    std::uint8_t start_row = 0;
-    std::uint8_t reserved[14] = {};
-    std::uint16_t bytes[16] = {};
-    std::uint8_t rows[16] = {};
-};
-
-#ifdef DITQ_EMULATED
-struct Registers {
-    TileShapes shapes;
-    alignas(64) std::uint8_t bytes[8][16][64];
-};
-inline Registers& registers() {
-    static thread_local Registers all;
-    return all;
-}
-inline void configure(const TileShapes& shapes) {
-    registers().shapes = shapes;
-    std::memset(registers().bytes, 0xab, sizeof registers().bytes);
-}
-inline void release() { configure({}); }
-template <int T>
-void zero() { std::memset(registers().bytes[T], 0, sizeof registers().bytes[T]); }
-template <int T>
-void load(const void* from, std::int64_t stride) {
-    zero<T>();
-    for (int row = 0; row < registers().shapes.rows[T]; ++row) {
-        const auto* start = static_cast<const std::uint8_t*>(from) + row * stride;
-        std::memcpy(registers().bytes[T][row], start, registers().shapes.bytes[T]);
-    }
-}
-template <int T>
-void store(void* to, std::int64_t stride) {
-    for (int row = 0; row < registers().shapes.rows[T]; ++row) {
-        auto* start = static_cast<std::uint8_t*>(to) + row * stride;
-        std::memcpy(start, registers().bytes[T][row], registers().shapes.bytes[T]);
-    }
-}
-template <int SUM, int X, int W>
-void dot() {
-    const TileShapes& shapes = registers().shapes;
-    for (int row = 0; row < shapes.rows[SUM]; ++row) {
-        for (int column = 0; column < shapes.bytes[SUM] / 4; ++column) {
-            std::int32_t sum;
-            std::memcpy(&sum, &registers().bytes[SUM][row][4 * column], 4);
-            for (int k = 0; k < shapes.bytes[X]; ++k) {
-                const std::int32_t x = static_cast<std::int8_t>(registers().bytes[X][row][k]);
-                sum += x * static_cast<std::int8_t>(registers().bytes[W][k / 4][4 * column + k % 4]);
-            }
-            std::memcpy(&registers().bytes[SUM][row][4 * column], &sum, 4);
-        }
-    }
-}
-#else
-// The registers' numbers are part of the instructions' text, which intrinsics would want as literals.
-inline void configure(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes)); }
-inline void release() { __asm__ volatile("tilerelease"); }
-template <int T>
-void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
-template <int T>
-void load(const void* from, std::int64_t stride) {
-    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
-}
-template <int T>
-void store(void* to, std::int64_t stride) {
-    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(to), "r"(stride) : "memory");
-}
-template <int SUM, int X, int W>
-void dot() { __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(W)); }
-#endif
-
+// Tile registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights, in turns: what is loaded next is not what the
+// product before reads.
 struct Tile {
-    static constexpr int ROWS = 32;
-    static constexpr int PANELS = 2;
+    static constexpr int ROWS = 16;
+    static constexpr int PANELS = 4;
+    static constexpr std::int64_t BLOCK = 384;  // 24 KB of panels, half of the first cache
+    static constexpr std::int64_t FEWEST_ROWS = 512;
     using Element = std::int8_t;
     static constexpr bool SHIFTED = false;
 
@@ -104,41 +42,56 @@ struct Tile {
     static constexpr int CHUNK = 64;
     static std::int8_t arranged(std::int8_t code) { return code; }
 
-    // sums [32, 32], rows `stride` apart, is or grows by the product of `count` dwords of inputs.
+    // sums [16, 64] is or grows by the product of `count` dwords of inputs.
     void multiply(
         const Element* x, const std::int32_t* panels, std::int64_t panel_stride, const std::int32_t*,
-        std::int64_t count, std::int32_t* sums, std::int64_t stride, bool first) const {
-        const std::int64_t bytes = 4 * stride;
+        std::int64_t count, std::int32_t* sums, bool first) const {
+        constexpr std::int64_t BYTES = 4 * 16 * PANELS;
         if (first) {
             zero<0>();
             zero<1>();
             zero<2>();
             zero<3>();
         } else {
-            load<0>(sums, bytes);
-            load<1>(sums + 16, bytes);
-            load<2>(sums + 16 * stride, bytes);
-            load<3>(sums + 16 * stride + 16, bytes);
+            load<0>(sums, BYTES);
+            load<1>(sums + 16, BYTES);
+            load<2>(sums + 32, BYTES);
+            load<3>(sums + 48, BYTES);
         }
-        for (std::int64_t i = 0; i < count; i += dwords_) {
-            const Element* here = x + i / 16 * ROWS * 64 + i % 16 * 4;
-            load<4>(here, 64);
-            load<6>(panels + 16 * i, 64);
-            load<7>(panels + panel_stride + 16 * i, 64);
-            dot<0, 4, 6>();
-            load<5>(here + 16 * 64, 64);
-            dot<1, 4, 7>();
-            dot<2, 5, 6>();
-            dot<3, 5, 7>();
+        const std::uint64_t end = count;
+        load<4>(x, CHUNK);
+        for (std::uint64_t i = 0; i < end; i += 2 * dwords_) {
+            const std::uint64_t next = i + dwords_, after = next + dwords_;
+            if (next < end) load<5>(at(x, next), CHUNK);
+            multiply_by_four<4>(panels + 16 * i, panel_stride);
+            if (next >= end) break;
+            if (after < end) load<4>(at(x, after), CHUNK);
+            multiply_by_four<5>(panels + 16 * next, panel_stride);
         }
-        store<0>(sums, bytes);
-        store<1>(sums + 16, bytes);
-        store<2>(sums + 16 * stride, bytes);
-        store<3>(sums + 16 * stride + 16, bytes);
+        store<0>(sums, BYTES);
+        store<1>(sums + 16, BYTES);
+        store<2>(sums + 32, BYTES);
+        store<3>(sums + 48, BYTES);
     }
 
 private:
-    int dwords_;  // of inputs that one instruction takes
+    static const Element* at(const Element* x, std::uint64_t dword) {
+        return x + dword / 16 * (ROWS * CHUNK) + dword % 16 * 4;
+    }
+
+    template <int X>
+    static void multiply_by_four(const std::int32_t* panels, std::int64_t stride) {
+        load<6>(panels, 64);
+        load<7>(panels + stride, 64);
+        dot<0, X, 6>();
+        load<6>(panels + 2 * stride, 64);
+        dot<1, X, 7>();
+        load<7>(panels + 3 * stride, 64);
+        dot<2, X, 6>();
+        dot<3, X, 7>();
+    }
+
+    std::uint64_t dwords_;  // of inputs that one instruction takes
 };
 
 }  // namespace

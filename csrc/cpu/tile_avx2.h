@@ -13,6 +13,8 @@ namespace {
 struct Tile {
     static constexpr int ROWS = 4;  // compilers run out of the 16 registers with more
     static constexpr int PANELS = 1;
+    static constexpr std::int64_t BLOCK = 640;
+    static constexpr std::int64_t FEWEST_ROWS = 64;
     using Element = std::int16_t;  // of both operands
     static constexpr bool SHIFTED = false;
 
@@ -21,14 +23,14 @@ struct Tile {
     static constexpr int CHUNK = 2;  // inputs of a row that lie side by side; the same of the next row follows
     static std::int16_t arranged(std::int8_t code) { return code; }
 
-    // sums [ROWS, 16], rows `stride` apart, is or grows by the product of `count` dwords of inputs.
+    // sums [ROWS, 16] is or grows by the product of `count` dwords of inputs.
     void multiply(
         const Element* x, const std::int32_t* panels, std::int64_t, const std::int32_t*, std::int64_t count,
-        std::int32_t* sums, std::int64_t stride, bool first) const {
+        std::int32_t* sums, bool first) const {
         __m256i total[ROWS][2];
         for (int row = 0; row < ROWS; ++row) {
             for (int half = 0; half < 2; ++half) {
-                const auto* before = reinterpret_cast<const __m256i*>(sums + row * stride + 8 * half);
+                const auto* before = reinterpret_cast<const __m256i*>(sums + row * 16 + 8 * half);
                 total[row][half] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(before);
             }
         }
@@ -45,7 +47,7 @@ struct Tile {
         }
         for (int row = 0; row < ROWS; ++row) {
             for (int half = 0; half < 2; ++half) {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + row * stride + 8 * half), total[row][half]);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + row * 16 + 8 * half), total[row][half]);
             }
         }
     }

@@ -4,36 +4,20 @@
 
 #include <cstdint>
 
-#ifndef DITQ_EMULATED
-#include <immintrin.h>
+#ifndef DITQ_INSTRUCTIONS  // tests carry out others
+#define DITQ_INSTRUCTIONS "avx512_vnni_instructions.h"
 #endif
+#include DITQ_INSTRUCTIONS
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-typedef std::int32_t Dwords __attribute__((vector_size(64), aligned(4), may_alias));
-
-// Each dword of `sum` grows by the products of its four bytes.
-#ifdef DITQ_EMULATED
-inline Dwords dot(Dwords sum, Dwords unsigned_bytes, Dwords signed_bytes) {
-    for (int i = 0; i < 64; ++i) {
-        const std::int32_t x = reinterpret_cast<const std::uint8_t*>(&unsigned_bytes)[i];
-        sum[i / 4] += x * reinterpret_cast<const std::int8_t*>(&signed_bytes)[i];
-    }
-    return sum;
-}
-#else
-inline Dwords dot(Dwords sum, Dwords unsigned_bytes, Dwords signed_bytes) {
-    return reinterpret_cast<Dwords>(_mm512_dpbusd_epi32(
-        reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(unsigned_bytes),
-        reinterpret_cast<__m512i>(signed_bytes)));
-}
-#endif
-
 struct Tile {
     static constexpr int ROWS = 12;
     static constexpr int PANELS = 2;
+    static constexpr std::int64_t BLOCK = 640;
+    static constexpr std::int64_t FEWEST_ROWS = 192;
     using Element = std::int8_t;
     static constexpr bool SHIFTED = true;
 
@@ -42,15 +26,15 @@ struct Tile {
     static constexpr int CHUNK = 4;
     static std::int8_t arranged(std::int8_t code) { return static_cast<std::int8_t>(code ^ 0x80); }
 
-    // sums [ROWS, 32], rows `stride` apart, starts at `start` or grows by it, and by the product of `count` dwords.
+    // sums [ROWS, 32] starts at `start` or grows by it, and by the product of `count` dwords.
     void multiply(
         const Element* x, const std::int32_t* panels, std::int64_t panel_stride, const std::int32_t* start,
-        std::int64_t count, std::int32_t* sums, std::int64_t stride, bool first) const {
+        std::int64_t count, std::int32_t* sums, bool first) const {
         Dwords total[ROWS][PANELS];
         for (int row = 0; row < ROWS; ++row) {
             for (int panel = 0; panel < PANELS; ++panel) {
                 total[row][panel] = *reinterpret_cast<const Dwords*>(start + 16 * panel);
-                if (!first) total[row][panel] += *reinterpret_cast<const Dwords*>(sums + row * stride + 16 * panel);
+                if (!first) total[row][panel] += *reinterpret_cast<const Dwords*>(sums + row * 32 + 16 * panel);
             }
         }
         const auto* quads = reinterpret_cast<const std::int32_t*>(x);
@@ -65,7 +49,7 @@ struct Tile {
         }
         for (int row = 0; row < ROWS; ++row) {
             for (int panel = 0; panel < PANELS; ++panel) {
-                *reinterpret_cast<Dwords*>(sums + row * stride + 16 * panel) = total[row][panel];
+                *reinterpret_cast<Dwords*>(sums + row * 32 + 16 * panel) = total[row][panel];
             }
         }
     }

@@ -67,11 +67,10 @@ def linear_a8(
     *,
     added: GatedResidual | None = None,
 ) -> torch.Tensor:
-    """As :func:`.reference.linear_a8`, bit for bit; with ``added`` up to the rounding of ``gate * y`` in fp32."""
+    """As :func:`.reference.linear_a8`, bit for bit."""
     there = qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES
     implementation = cpu_extension if there else reference
-    y = implementation.linear_a8(qx, sx, weight, bias, out_dtype)
-    return y if added is None else added.plus(y)
+    return implementation.linear_a8(qx, sx, weight, bias, out_dtype, added=added)
 
 
 def quantized_linear(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .formats import CODE4_MAX, WeightFormat, largest_multiplier
+from .gated_residual import GatedResidual
 from .packed_weight import PackedWeight
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"  # where setup.py leaves it
@@ -39,7 +40,8 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CPU extension cannot be loaded ({error}); build it for this environment: {BUILD_IT}"
-    if not hasattr(torch.ops.ditq_cpu, "norm_quantize"):
+    multiply = getattr(torch.ops.ditq_cpu, "linear_a8", None)
+    if multiply is None or "Tensor? residual" not in str(multiply.default._schema):
         return f"the CPU extension was built from older sources; {BUILD_IT}"
     return None
 
@@ -181,11 +183,13 @@ def linear_a8(
     weight: PackedWeight,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    added: GatedResidual | None = None,
     level: str | None = None,
 ) -> torch.Tensor:
     """:func:`.reference.linear_a8` of what is not empty, to one of :data:`OUTPUT_DTYPES`."""
-    out_type = OUTPUT_DTYPES.index(out_dtype)
-    return torch.ops.ditq_cpu.linear_a8(qx.contiguous(), sx, *_parts(weight, bias), out_type, _product_number(level))
+    out_type, number = OUTPUT_DTYPES.index(out_dtype), _product_number(level)
+    codes, residual_and_gate = qx.contiguous(), added or (None, None)
+    return torch.ops.ditq_cpu.linear_a8(codes, sx, *_parts(weight, bias), out_type, *residual_and_gate, number)
 
 
 def quantized_linear(
