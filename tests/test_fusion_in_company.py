@@ -336,7 +336,7 @@ def test_layers_of_earlier_versions():
 
 def joined_layers(model):
     shared = [one for attention in attentions(model) for one in vars(attention)[shared_projections._SHARED]]
-    return [weakref.ref(one._joined) for one in shared if one._joined is not None]
+    return [weakref.ref(one._found[0]) for one in shared if one._found[0] is not None]
 
 
 def test_what_was_joined_goes_when_its_layers_move():

@@ -162,3 +162,32 @@ def test_what_a_calibrated_reach_does(scheme, reach):
     # What 8 bits cannot hold, 16 can; and only they.
     assert torch.equal(y, x) == (scheme == "w8a16")
     assert found.input_amax is None or found.input_amax.tolist() == [40.0]
+
+
+def test_sums_that_int32_does_not_hold_are_refused():
+    most = 131_071  # products of -128 and -128
+    linear = torch.nn.Linear(most + 1, 1, bias=False)
+    with pytest.raises(ValueError, match=r"K = 131072 has more products of int8 than int32 holds.*w8a8_g128"):
+        QuantLinear.from_linear(linear, "w8a8")
+    with pytest.raises(ValueError, match="K = 131072"):
+        QuantLinear.empty(most + 1, 1, "w4a8_g128", bias=False, dtype=torch.float32)
+    codes = torch.full((1, most), -128, dtype=torch.int8)
+    for scheme in ("w8a16", "w8a8_g128"):
+        QuantLinear.from_linear(linear, scheme)
+    exact = torch.ops.ditq.linear_a8(codes, torch.ones(1), codes, torch.ones(1), None, None, "w8", torch.int32)
+    assert exact.item() == most * 128**2
+    wider = torch.nn.functional.pad(codes, (0, 1))
+    with pytest.raises(ValueError, match="K = 131072"):
+        torch.ops.ditq.linear_a8(wider, torch.ones(1), wider, torch.ones(1), None, None, "w8", torch.int32)
+
+
+@pytest.mark.parametrize("shape", [(0, 48), (64, 0)])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16_g32"])
+def test_nothing_is_quantized_of_an_empty_weight(scheme, shape):
+    with pytest.raises(ValueError, match="holds nothing to quantize"):
+        QuantLinear.from_linear(torch.nn.Linear(*shape, bias=False), scheme)
+
+
+def test_a_single_number_is_no_input():
+    with pytest.raises(ValueError, match="a single number given to a layer of K = 64"):
+        QuantLinear.from_linear(torch.nn.Linear(64, 8), "w8a8")(torch.tensor(1.0))

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -138,6 +140,37 @@ def test_layers_that_move_are_joined_again(x, products):
     whole.to_v.qweight.data.zero_()
     products.clear()
     assert same(shared(x), called(whole, x)) and products[0] == 80 and len(storages(whole)) == 4
+
+
+@pytest.fixture
+def switched_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_that_come_first_together_join_once(x, switched_often):
+    original = parent("w8a8", widths=(64, 64, 64))
+    expected = called(original, x)
+    for _ in range(100):
+        whole = copy.deepcopy(original)
+        shared, found, together = SharedInput(whole, NAMES), [], threading.Barrier(4)
+
+        def call(shared=shared, found=found, together=together):
+            together.wait()
+            with torch.no_grad():
+                found.append(shared(x))
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4 and all(same(one, expected) for one in found)
+        with torch.no_grad():
+            whole.to_v.scale.mul_(2)
+            assert same(shared(x), called(whole, x)), "a write to a layer is not seen"
 
 
 @torch.no_grad()

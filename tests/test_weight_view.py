@@ -1,6 +1,7 @@
 """The weight of a quantized layer, as other code sees it: what reads it gets its values, what writes is not lost."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -73,6 +74,7 @@ WRITES = {
     "out=": lambda weight: torch.add(torch.zeros(N, K), 1, out=weight),
     "an initialisation": nn.init.normal_,
     "a detached one": lambda weight: weight.detach().zero_(),
+    "one of a list": lambda weight: torch._foreach_add_([torch.zeros(N, K), weight], 1.0),
     "requires_grad_": lambda weight: weight.requires_grad_(),
     "requires_grad": lambda weight: setattr(weight, "requires_grad", True),
     "a parameter": nn.Parameter,
@@ -86,6 +88,18 @@ def test_what_writes_to_it_raises(write):
     with pytest.raises(UnsupportedError, match="quantized to w4a8_g128"):
         write(layer.weight)
     assert same(before, bits(layer))
+
+
+@pytest.mark.filterwarnings("ignore::ditq_kernels.layer.linear.RequantizationWarning")
+def test_lists_that_share_nothing_are_written_one_by_one():
+    layers = [quantized(), quantized("w8a8")]
+    read = quantized("w8a16").weight
+    wanted = [layer.weight + read for layer in layers]
+    torch._foreach_add_([layer.weight.data for layer in layers], [read, read])
+    for layer, one in zip(layers, wanted, strict=True):
+        expected = quantized(layer.scheme)
+        expected.requantize(one)
+        assert same(bits(layer), bits(expected))
 
 
 def test_another_tensor_cannot_take_its_place():
@@ -104,6 +118,8 @@ WRITES_TO_DATA = {
     "copy_": lambda layer, x: layer.weight.data.copy_(layer.weight + x),
     "[...] =": lambda layer, x: layer.weight.data.__setitem__(slice(None), layer.weight + x),
     "a view": lambda layer, x: layer.weight.data.t().add_(x.t()),
+    "a list": lambda layer, x: torch._foreach_add_([layer.weight.data], [x]),
+    "halves in a list": lambda layer, x: torch._foreach_add_(layer.weight.data.chunk(2), x.chunk(2)),
 }
 
 
@@ -204,6 +220,8 @@ def test_stored_parts_take_no_gradient_and_no_other_type():
     assert same(before, bits(model[0])) and model[0].weight.dtype == torch.float64
     kind = type(model[0].qweight)
     assert type(copy.deepcopy(model).to("meta")[0].qweight) is type(copy.deepcopy(model[0].qweight)) is kind
+    pickled = pickle.loads(pickle.dumps(model))
+    assert type(pickled[0].qweight) is type(pickled[0].scale) is kind and same(before, bits(pickled[0]))
     assert isinstance(model[0].weight, WeightView)
 
 

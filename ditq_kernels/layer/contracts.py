@@ -12,6 +12,7 @@ import torch
 
 from .backend import backend_of
 from .errors import UnsupportedError
+from .formats import check_int8_inputs
 from .operands import (
     check_before,
     check_bias,
@@ -95,6 +96,7 @@ def _linear_a8(qx, sx, qweight, scale, group_code, bias, weight_format, out_dtyp
     if qx.dim() != 2:
         raise no_matrix(qx)
     weight = checked_weight(qx.shape[1], qx.device, qweight, scale, group_code, weight_format)
+    check_int8_inputs(weight.in_features, weight.fmt)
     if out_dtype == torch.int32 and weight.fmt.promoted:
         raise UnsupportedError(
             f"{weight_format} has no single int32 accumulator: its groups are scaled in fp32; "

@@ -20,6 +20,7 @@ from typing import Literal
 GROUP_SIZES = (128, 64, 32)
 INT8_MAX = 127  # symmetric codes: -128 is never produced
 CODE4_MAX = 15
+MOST_INT8_INPUTS = (2**31 - 1) // 128**2  # whose products an int32 holds the sum of
 MULTIPLIER_MAX = 16
 
 
@@ -86,6 +87,15 @@ class ActivationFormat:
 
     bits: int
     scaling: Literal["none", "token", "tensor", "mixed"]
+
+
+def check_int8_inputs(in_features: int, fmt: WeightFormat) -> None:
+    """ValueError if a sum of so many products of int8 may overflow int32, as formats without scaled groups sum."""
+    if in_features > MOST_INT8_INPUTS and not fmt.promoted:
+        raise ValueError(
+            f"K = {in_features} has more products of int8 than int32 holds the sum of ({MOST_INT8_INPUTS}): use 16-bit "
+            "activations, or w8a8_g128, which sums groups"
+        )
 
 
 @dataclass(frozen=True)

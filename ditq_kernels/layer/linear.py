@@ -11,7 +11,7 @@ from torch import nn
 
 from . import ops, reference
 from .errors import UnsupportedError
-from .formats import Scheme, WeightFormat
+from .formats import Scheme, WeightFormat, check_int8_inputs
 from .grid import DEFAULT_ZERO_POINT
 from .packed_weight import PackedWeight
 from .packing import LAYOUTS, pack_groups
@@ -78,6 +78,9 @@ class StoredPart(nn.Parameter):
             raise UnsupportedError(_NOT_TRAINED)
         return self
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return StoredPart, (self.detach(),)  # a Parameter would come back as one of its own class
+
 
 class QuantLinear(nn.Linear):
     """``nn.Linear`` on a packed weight; made by :meth:`from_linear`, or empty (to load a checkpoint into) by
@@ -110,12 +113,17 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """A layer with the right shapes and uninitialised values; ``dtype`` is the bias's and that of
         :attr:`weight`.
+
+        Raises:
+            ValueError: for an unknown scheme, or one whose int32 sums so many inputs would overflow.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.scheme = Scheme.parse_for_layer(scheme)
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         fmt = self.scheme.weight
+        if self.scheme.activation.bits == 8:
+            check_int8_inputs(in_features, fmt)
         layout = LAYOUTS[fmt.layout]
         self.qweight = StoredPart(
             torch.empty(out_features, layout.columns(in_features), dtype=layout.dtype, device=device)
@@ -219,6 +227,8 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"the layer is on {self.qweight.device} but the input is on {x.device}; move one of them")
 
     def _check_width(self, x: torch.Tensor | QuantizedInput) -> None:
+        if not x.shape:
+            raise ValueError(f"a single number given to a layer of K = {self.in_features}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input of width {x.shape[-1]} given to a layer of K = {self.in_features}")
 
@@ -235,7 +245,12 @@ class QuantLinear(nn.Linear):
             residual: [B, T, N], in the dtype of ``x``.
             gate: [B, N].
             x: [B, T, K], or quantized already.
+
+        Raises:
+            ValueError: for inputs of other shapes.
         """
+        if len(x.shape) != 3:
+            raise ValueError(f"what a residual is added to must be [B, T, K], got {list(x.shape)}")
         if self.scheme.activation.bits != 8:
             return torch.addcmul(residual, gate.unsqueeze(1), self(x))
         if not isinstance(x, QuantizedInput):

@@ -11,11 +11,14 @@ from torch import nn
 from torch._C import _get_tracing_state, _is_torch_function_mode_enabled, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import contracts
 from .backend import asked_backend, backend_of
 from .contracts import outside_autocast
+from .errors import UnsupportedError
 from .operands import check_bias, checked_weight, one_number, side_by_side
 from .quantized_input import QuantizedInput
 from .tape import again, repeated
@@ -37,11 +40,29 @@ def _is_seen(x: torch.Tensor) -> bool:
     )
 
 
+def is_differentiated() -> bool:
+    """Whether gradients or tangents of what is computed now may be wanted."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def _call(name: str, x: torch.Tensor, *others: Any) -> Any:
-    """Op ``name`` of ``x``, through PyTorch's dispatcher where something sees it, or would differentiate it."""
+    """Op ``name`` of ``x``, through PyTorch's dispatcher where something sees it; UnsupportedError where it would be
+    differentiated.
+    """
+    if is_differentiated():
+        _refuse_to_differentiate(name, (x, *others))
     if torch.is_grad_enabled() or _is_seen(x):
         return getattr(torch.ops.ditq, name)(x, *others)
     return repeated(contracts.IMPLEMENTATIONS[name], asked_backend(), x, *others)
+
+
+def _refuse_to_differentiate(name: str, operands: tuple) -> None:
+    # Parameters that could be trained do not say that a gradient is wanted; activations that have one do.
+    wanted = forward_ad._current_level >= 0 or any(
+        isinstance(one, torch.Tensor) and one.requires_grad and not isinstance(one, nn.Parameter) for one in operands
+    )
+    if wanted:
+        raise UnsupportedError(f"{name} is for inference and has no derivative: call layers, or torch.no_grad() first")
 
 
 @outside_autocast
@@ -89,9 +110,45 @@ def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes
     return _shaped(y, x)
 
 
+class _GradInput(torch.autograd.Function):
+    """The gradient [M, K] of a product's input, which is a product itself."""
+
+    @staticmethod
+    def forward(grad, qweight, scale, group_code, weight_format, in_features):
+        return torch.ops.ditq.grad_input(grad, qweight, scale, group_code, weight_format, in_features)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *weight, ctx.weight_format, ctx.in_features = inputs
+        ctx.save_for_backward(*weight)
+        ctx.save_for_forward(*weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_grad = product(grad, None, None, *ctx.saved_tensors, ctx.weight_format, False)
+        return grad_grad, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        _refuse_second_tangents()
+        return _grad_input(tangent, *ctx.saved_tensors, ctx.weight_format, ctx.in_features)
+
+
+def _refuse_second_tangents() -> None:
+    # Of a Function's tangent PyTorch computes none, and says nothing.
+    if eager_transforms.JVP_NESTING > 1:
+        raise UnsupportedError("a quantized layer has no forward derivative of a forward derivative")
+
+
+def _grad_input(*operands):
+    if is_differentiated() and not is_compiling():
+        return _GradInput.apply(*operands)
+    return torch.ops.ditq.grad_input(*operands)
+
+
 class _QuantizedLinear(torch.autograd.Function):
-    """``y = x W^T + b`` of ``x`` [M, K] on a packed weight; the gradient passes straight through the activation's
-    rounding. The result is no view: callers may change it in place.
+    """``y = x W^T + b`` of ``x`` [M, K] on a packed weight; gradients pass straight through the activation's rounding.
+    The result is no view: callers may change it in place.
     """
 
     forward = staticmethod(_product)
@@ -100,6 +157,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, bias, _, qweight, scale, group_code, weight_format, _ = inputs
         ctx.save_for_backward(qweight, scale, group_code)
+        ctx.save_for_forward(qweight, scale, group_code)
         ctx.weight_format, ctx.in_features = weight_format, x.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -108,10 +166,20 @@ class _QuantizedLinear(torch.autograd.Function):
         qweight, scale, group_code = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.ditq.grad_input(grad, qweight, scale, group_code, ctx.weight_format, ctx.in_features)
+            grad_x = _grad_input(grad, qweight, scale, group_code, ctx.weight_format, ctx.in_features)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None, None
+
+
+class _QuantizedLinearForward(_QuantizedLinear):
+    """With tangents, which pass as gradients do. A compiler takes no Function that has any."""
+
+    @staticmethod
+    def jvp(ctx, x_tangent, bias_tangent, *_):
+        _refuse_second_tangents()
+        y = product(x_tangent, None, None, *ctx.saved_tensors, ctx.weight_format, False)
+        return y if bias_tangent is None else y + bias_tangent.to(y.dtype)
 
 
 def quantized_linear(
@@ -147,14 +215,16 @@ def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_
     """:func:`quantized_linear` of a floating-point ``x``, in the order of its operands."""
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
-        return _shaped(_QuantizedLinear.apply(_rows(x), *arguments[1:]), x)
+    has_tangent = forward_ad._current_level >= 0
+    if has_tangent or (needs_grad and torch.is_grad_enabled()):
+        function = _QuantizedLinearForward if has_tangent else _QuantizedLinear
+        return _shaped(function.apply(_rows(x), *arguments[1:]), x)
     return _product(*arguments)  # half the Python of a Function that nobody differentiates
 
 
 def product_again(operands: tuple) -> torch.Tensor | None:
     """:func:`product`, before anything is checked, where a call of the kind was recorded; None where not."""
-    if _is_seen(operands[0]) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    if _is_seen(operands[0]) or is_differentiated() or torch._C._is_any_autocast_enabled():
         return None
     return again(_computed, asked_backend(), operands)
 

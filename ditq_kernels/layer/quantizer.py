@@ -81,6 +81,8 @@ def _check(
 ) -> None:
     if w.ndim != 2 or not w.dtype.is_floating_point:
         raise ValueError(f"a weight must be a floating-point [N, K] matrix, got {w.dtype} {tuple(w.shape)}")
+    if w.numel() == 0:
+        raise ValueError(f"a weight of {list(w.shape)} holds nothing to quantize")
     if fmt.group is not None and fmt.group > w.shape[1]:
         raise ValueError(
             f"groups of {fmt.group} are larger than K = {w.shape[1]}; use a smaller group, or none (one scale per "
@@ -115,12 +117,12 @@ def quantize_weight(
         zero_point: how 4-bit groups place their levels, a key of :data:`ZERO_POINT_RULES`.
 
     Raises:
-        ValueError: for weights that are not finite, a group larger than K, or a moment of the wrong shape.
+        ValueError: for weights that are empty or not finite, a group larger than K, or a moment of the wrong shape.
     """
     _check(weight, fmt, input_moment, clip, zero_point)
     weight = weight.detach()
     nearest = _to_nearest(weight, fmt, clip, zero_point)
-    if input_moment is None or weight.numel() == 0:
+    if input_moment is None:
         return nearest
     codes = compensated_codes(weight.to(torch.float32), nearest.grid(fmt), input_moment)
     return replace(nearest, codes=codes.to(nearest.codes.dtype))

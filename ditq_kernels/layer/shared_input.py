@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch.nn.modules import module as nn_module
 
 from .concatenation import OUTPUTS_OF, concatenated, obstacle_to_concatenation
 from .linear import QuantLinear
+from .ops import is_differentiated
 from .quantized_input import QuantizedInput
 
 _STORED = (*OUTPUTS_OF, "input_amax")
+_JOINING = threading.Lock()  # of all, since an instance is copied and pickled
 
 
 class SharedInput:
@@ -28,8 +31,8 @@ class SharedInput:
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         self.parent, self.names = parent, tuple(names)
-        self._joined: QuantLinear | None = None
-        self._where: tuple[int, ...] = ()
+        # The joined layer, if they can be joined, and where their parameters were then.
+        self._found: tuple[QuantLinear | None, tuple[int, ...]] = None, ()
         self._members: list[QuantLinear] = []  # that know of it, and may be views
 
     def layers(self) -> list[nn.Module | None]:
@@ -45,7 +48,7 @@ class SharedInput:
     def joined(self) -> QuantLinear | None:
         """The layer that does what they do, as things are; None if they are to be called one by one."""
         layers = self.layers()
-        if torch.is_grad_enabled() or _is_traced():
+        if is_differentiated() or _is_traced():
             return None
         if not all(is_bare(layer) for layer in layers):
             self.forget()
@@ -62,18 +65,19 @@ class SharedInput:
 
     def _current(self, layers: list[QuantLinear]) -> QuantLinear | None:
         # A compiler cannot ask where parameters are; layers say of themselves when they are moved or replaced.
-        if not torch.compiler.is_compiling() and self._where != _where(layers):
-            self._join(layers)
-        return self._joined
+        if not torch.compiler.is_compiling() and self._found[1] != _where(layers):
+            with _JOINING:  # other threads that come meanwhile must not read memory that is replaced
+                if self._found[1] != _where(layers):
+                    self._found = self._join(layers), _where(layers)
+        return self._found[0]
 
     @torch.inference_mode(False)  # which parameters outlive
     @torch.no_grad()
-    def _join(self, layers: list[QuantLinear]) -> None:
-        self._joined, self._where = None, _where(layers)
+    def _join(self, layers: list[QuantLinear]) -> QuantLinear | None:
         if any(layer.shared_input not in (None, self) for layer in layers) or len(set(layers)) < len(layers):
-            return  # one of them is fed otherwise, too
+            return None  # one of them is fed otherwise, too
         if obstacle_to_concatenation(layers) is not None or any(map(_is_placed, layers)):
-            return  # and is not asked again before one of them moves
+            return None  # and is not asked again before one of them moves
         joined = concatenated(layers)
         sizes = [layer.out_features for layer in layers]
         for name, dimension in OUTPUTS_OF.items():
@@ -85,11 +89,11 @@ class SharedInput:
         for layer in layers:
             layer.shared_input = self
         self._members = layers
-        self._joined, self._where = joined, _where(layers)
+        return joined
 
     def forget(self) -> None:
         """What was joined is no longer what is stored, or not called."""
-        self._joined, self._where = None, ()
+        self._found = None, ()
 
     @torch.no_grad()
     def part(self) -> None:
@@ -105,7 +109,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are copies, each by itself.
-        return {**vars(self), "_joined": None, "_where": (), "_members": []}
+        return {**vars(self), "_found": (None, ()), "_members": []}
 
 
 def has_hooks(module: nn.Module) -> bool:

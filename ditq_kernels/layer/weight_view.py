@@ -5,10 +5,11 @@ nothing that writes to it is lost in silence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedError
 from .formats import Scheme
@@ -38,7 +39,8 @@ class WeightView(torch.Tensor):
     """[N, K] in the layer's dtype, on its device, or a view of that. Every operation decodes the stored weight anew.
 
     What writes to it raises. What writes to its ``.data``, as libraries that merge adapters do, quantizes the layer
-    again: see :meth:`ditq_kernels.layer.linear.QuantLinear.requantize`.
+    again: see :meth:`ditq_kernels.layer.linear.QuantLinear.requantize`. Compiled code reads a plain tensor instead, to
+    which it would write in vain.
     """
 
     _layer: Layer
@@ -71,11 +73,7 @@ class WeightView(torch.Tensor):
 
     def _write(self, change: Callable[[torch.Tensor], Any]) -> None:
         """``change`` a plain tensor of these values in place, and quantize the layer again as that leaves it."""
-        if not self._writes:
-            raise UnsupportedError(_READ_ONLY.format(scheme=self._layer.scheme))
-        whole = self._layer.dequantized_weight().to(self._layer.dtype)
-        change(self._seen_in(whole))
-        self._layer.requantize(whole)
+        _write_all([self], lambda seen: change(*seen))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -112,23 +110,25 @@ class WeightView(torch.Tensor):
         schema = func._schema
         given = dict(zip([argument.name for argument in schema.arguments], args, strict=False)) | kwargs
         aliased = [argument for argument in schema.arguments if argument.alias_info is not None]
-        written = [given.get(argument.name) for argument in aliased if argument.alias_info.is_write]
-        target = next((one for one in written if isinstance(one, WeightView)), None)
-        if target is None and aliased and not written and isinstance(args[0], WeightView):
+        writes = any(argument.alias_info.is_write for argument in aliased)
+        if not writes and aliased and isinstance(args[0], WeightView):
             return _views(args[0], lambda x: func(x, *args[1:], **kwargs))
+        written = [given.get(argument.name) for argument in aliased if argument.alias_info.is_write]
+        targets = [one for one in pytree.tree_leaves(written) if isinstance(one, WeightView)]
 
-        def plain(value: Any, seen: torch.Tensor | None = None) -> Any:
-            if isinstance(value, WeightView):
-                return seen if value is target else value.decoded()
-            return type(value)(plain(one, seen) for one in value) if isinstance(value, list | tuple) else value
+        def run(seen: list[torch.Tensor]) -> Any:
+            def plain(value: Any) -> Any:
+                place = next((place for place, target in enumerate(targets) if target is value), None)
+                return value.decoded() if place is None else seen[place]
 
-        def run(seen: torch.Tensor | None = None) -> Any:
-            return func(*plain(args, seen), **{name: plain(value, seen) for name, value in kwargs.items()})
+            return func(
+                *pytree.tree_map_only(WeightView, plain, args), **pytree.tree_map_only(WeightView, plain, kwargs)
+            )
 
-        if target is None:
-            return run()
-        target._write(run)
-        return target
+        if not targets:
+            return run([])
+        _write_all(targets, run)
+        return (written[0] if len(written) == 1 else tuple(written)) if schema.returns else None
 
     def __repr__(self, **_: Any) -> str:
         return f"WeightView({self.decoded()!r}, scheme={self._layer.scheme})"
@@ -138,6 +138,20 @@ class WeightView(torch.Tensor):
 
     def __reduce_ex__(self, protocol: int) -> Any:
         return self.decoded().__reduce_ex__(protocol)
+
+
+def _write_all(views: Sequence[WeightView], change: Callable[[list[torch.Tensor]], Any]) -> None:
+    """``change`` plain tensors of the values of ``views`` in place, and quantize their layers again as that leaves
+    them.
+    """
+    for view in views:
+        if not view._writes:
+            raise UnsupportedError(_READ_ONLY.format(scheme=view._layer.scheme))
+    layers = {id(view._layer): view._layer for view in views}
+    wholes = {name: layer.dequantized_weight().to(layer.dtype) for name, layer in layers.items()}
+    change([view._seen_in(wholes[id(view._layer)]) for view in views])
+    for name, layer in layers.items():
+        layer.requantize(wholes[name])
 
 
 def _views(view: WeightView, step: Callable) -> WeightView | list[WeightView]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...layer.ops import is_differentiated
 from ...layer.shared_input import has_hooks
 from ..shared_projections import does_nothing
 
@@ -32,7 +33,7 @@ class FusedBlock:
     def runs(self, block: nn.Module) -> bool:
         """Whether ``forward`` may take the place of the block's own now."""
         return not (
-            torch.is_grad_enabled()
+            is_differentiated()
             or torch._C._is_any_autocast_enabled()
             or block.training
             or any(has_hooks(module) or _drops(module) for module in self.modules_skipped(block))
