@@ -16,7 +16,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("files", "memory", "progress", "published", "revision", "shapes"),
         ("layer/__init__", "layer/errors", "layer/formats", "layer/error_budget"),
-        ("layer/packing", "layer/packed_weight", "layer/gated_residual", "layer/grid"),
+        ("layer/packing", "layer/packed_weight", "layer/gated_residual", "layer/grid", "layer/stored_part"),
         ("layer/cpu_extension",),
         ("layer/compensation",),
         ("layer/quantizer", "layer/reference", "layer/extension"),

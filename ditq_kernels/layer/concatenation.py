@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .linear import QuantLinear, StoredPart
+from .linear import QuantLinear
+from .stored_part import StoredPart
 
 # What a layer stores, and the dimension of it along which outputs lie: rows of codes, else the last.
 OUTPUTS_OF = {"qweight": 0, "scale": -1, "group_code": -1, "bias": 0}

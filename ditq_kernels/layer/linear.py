@@ -18,15 +18,12 @@ from .packing import LAYOUTS, pack_groups
 from .quantized_input import QuantizedInput
 from .quantizer import QuantizedWeight, quantize_weight
 from .replaced_weight import ReplacedWeight
+from .stored_part import StoredPart
 from .weight_view import WeightView
 
 _NOT_ASSIGNED = (
     "the weight of a quantized layer cannot be assigned: change the model before it is quantized, or call the layer's "
     "requantize(weight)"
-)
-_NOT_TRAINED = (
-    "stored weights of quantized layers take no gradient: train an adapter (LoRA) over them, and of the model only "
-    "what is not quantized"
 )
 _QUANTIZED_AGAIN = (
     "the weight of a layer quantized to {scheme} was changed, as by fusing an adapter, and is quantized again, to "
@@ -60,26 +57,6 @@ def _alone(part: torch.Tensor) -> torch.Tensor:
         return part
     copied = part.detach().clone(memory_format=torch.contiguous_format)
     return type(part)(copied, part.requires_grad) if isinstance(part, nn.Parameter) else copied
-
-
-class StoredPart(nn.Parameter):
-    """A part of a stored weight. A parameter and no buffer: offloading hooks move parameters and leave buffers on the
-    device.
-    """
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> StoredPart:
-        if requires_grad:
-            raise UnsupportedError(_NOT_TRAINED)
-        return super().__new__(cls, data, False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> StoredPart:
-        """UnsupportedError for True: integers and their scales are not trained."""
-        if requires_grad:
-            raise UnsupportedError(_NOT_TRAINED)
-        return self
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return StoredPart, (self.detach(),)  # a Parameter would come back as one of its own class
 
 
 class QuantLinear(nn.Linear):

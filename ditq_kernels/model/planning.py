@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..layer.formats import Scheme
-from ..layer.linear import StoredPart
+from ..layer.stored_part import StoredPart
 from .budget import Option, allocate, alternatives, rounding_error
 from .observation import linear_layers
 from .plan_entry import PlanEntry
