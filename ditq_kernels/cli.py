@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import environment
 from .analysis import command as analyze
 from .benchmark import options as bench_and_tune
 from .demo import command as demo
 from .evaluation import command as evaluate
+from .files import check_writable
 from .inspect import command as inspect
 from .integrations import command as quantize_and_generate
 from .layer.errors import UnsupportedError
@@ -48,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ditq",
         description="Diffusion transformers in 8 and 4 bits: calibrated from one sampling step, no training.",
-        epilog="DITQ_BACKEND=reference|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows the kernel that each "
-        "product runs on, DITQ_DEBUG=1 shows tracebacks.",
+        epilog="DITQ_BACKEND=reference|cpu|triton|cuda chooses the backend, DITQ_PRINT_CONFIG=1 shows the kernel that "
+        "each product runs on, DITQ_DEBUG=1 shows tracebacks.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and stop")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -81,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
+        if isinstance(getattr(args, "out", None), Path):
+            check_writable(args.out)  # said now, and not when the work is done
         return args.run(args)
     except KeyboardInterrupt:
         print("ditq: interrupted", file=sys.stderr)

@@ -5,9 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise OSError, with the reason, if no file can be made in the folder that ``path`` is, or will be, in."""
+    folder = Path(path).absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from ditq_kernels.layer.linear import QuantLinear
 from ditq_kernels.memory import MemoryWarning
-from ditq_kernels.model.calibration import Calibration, calibrate, moment_bytes
+from ditq_kernels.model.calibration import VERSION, Calibration, calibrate, moment_bytes
 from ditq_kernels.model.observation import largest_magnitude, linear_layers, second_moment
 
 
@@ -264,7 +264,7 @@ def test_load_refuses_what_is_no_calibration(tmp_path):
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="but not a calibration"):
         Calibration.load(path)
-    save_file({}, path, metadata={"format": "ditq-calibration", "version": "3"})
+    save_file({}, path, metadata={"format": "ditq-calibration", "version": str(VERSION + 1)})
     with pytest.raises(ValueError, match="newer ditq_kernels; upgrade"):
         Calibration.load(path)
     damaged = {"format": "ditq-calibration", "version": "1", "moments": "{}", "calibration": json.dumps({"step": 1})}

@@ -233,6 +233,20 @@ def test_an_existing_directory_is_refused_before_anything_is_read(bare_model, tm
     assert code == cli.EXIT_USER_ERROR and f"{tmp_path} exists already" in error
 
 
+@pytest.mark.parametrize("command", ["demo", "quantize", "calibrate", "generate", "evaluate", "analyze", "bench"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(command, bare_model, tmp_path, monkeypatch, capsys):
+    def refused(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    source = [] if command in ("demo", "bench") else [str(bare_model)]
+    assert cli.main([command, *source, *OPTIONS.get(command, []), "--out", str(tmp_path / "out")]) == 2
+    assert "out cannot be written: " in (said := capsys.readouterr().err) and "Read-only file system" in said
+
+
+OPTIONS = {"quantize": ["--scheme", "w8a8"]}
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
     model = tiny_dit()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 import pytest
 
-from ditq_kernels.files import written_whole
+from ditq_kernels.files import check_writable, written_whole
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):
@@ -41,3 +41,16 @@ def test_what_cannot_take_its_place_is_removed(tmp_path):
     with pytest.raises(OSError), written_whole(tmp_path / "it") as beside:
         beside.mkdir()
     assert list(tmp_path.iterdir()) == [tmp_path / "it"]
+
+
+def test_what_cannot_be_written_is_said_beforehand(tmp_path, monkeypatch):
+    check_writable(tmp_path / "later" / "it.json")
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.TemporaryFile", _refused)
+        with pytest.raises(PermissionError, match=r"it.json cannot be written: .*: Permission denied"):
+            check_writable(tmp_path / "it.json")
+
+
+def _refused(**_):
+    raise PermissionError(13, "Permission denied")

@@ -131,3 +131,21 @@ def test_errors(model, calibration):
     quantized = ditq.quantize(copy.deepcopy(model), "w8a8", progress=False)
     with pytest.raises(ValueError, match="quantized already"):
         ditq.smooth(quantized, calibration)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_static", "w4a8_g32"])
+def test_only_a_calibration_of_the_model_as_it_is_quantizes_it(model, calibration, scheme, tmp_path):
+    """Ranges and moments from before smoothing cost 12 dB."""
+    rounding = "nearest" if scheme.endswith("static") else "compensated"
+    smoothed = copy.deepcopy(model)
+    ours = ditq.smooth(smoothed, calibration)
+    for one in (calibration, ours):
+        one.save(tmp_path / "a.safetensors")
+        assert ditq.Calibration.load(tmp_path / "a.safetensors").smoothed == one.smoothed
+    with pytest.raises(ValueError, match=r"before the model was smoothed: take the one that ditq.smooth returned"):
+        ditq.quantize(smoothed, scheme, calibration, rounding=rounding)
+    with pytest.raises(ValueError, match="of the smoothed model, and this one is not"):
+        ditq.quantize(copy.deepcopy(model), scheme, ours, rounding=rounding)
+    again = ditq.calibrate(smoothed, lambda: draw(smoothed), 1, moments=True)
+    for one in (ours, again):
+        ditq.quantize(copy.deepcopy(smoothed), scheme, one, rounding=rounding)

@@ -19,9 +19,9 @@ from ..checkpoint.manifest import LayerRecord
 from ..layer.formats import Scheme
 from ..layer.linear import QuantLinear
 from ..layer.quantizer import check_clip
+from ..model.calibration import is_smoothed
 from ..model.conversion import quantized_layers
 from ..model.planning import Plan
-from ..model.smoothing import is_smoothed
 
 NAME = "ditq"
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that a model computes in

@@ -5,6 +5,7 @@ the dtype in which it is stored.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -137,6 +138,11 @@ def skeleton(directory: Path) -> nn.Module:
         return cls(cls.config_class.from_pretrained(str(directory)))
 
 
+def _reason(error: Exception) -> str:
+    missing = importlib.util.find_spec("accelerate") is None
+    return first_line(error) + "; diffusers loads with accelerate: pip install accelerate" * missing
+
+
 def load_model(directory: Path, quantization: DitqConfig | None = None) -> nn.Module:
     """The model in ``directory``, in eval mode, quantized while it is loaded where ``quantization`` says how.
 
@@ -158,7 +164,7 @@ def load_model(directory: Path, quantization: DitqConfig | None = None) -> nn.Mo
                 **how,
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{directory} could not be loaded as a {cls.__name__}: {first_line(error)}") from None
+        raise ValueError(f"{directory} could not be loaded as a {cls.__name__}: {_reason(error)}") from None
     load_adapters(model, directory)
     return model.eval()
 
@@ -182,7 +188,7 @@ def load_pipeline(directory: Path) -> Any:
                 **{name: store.load(folder) for name, folder in older.items()},
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{directory} could not be loaded as a pipeline: {first_line(error)}") from None
+        raise ValueError(f"{directory} could not be loaded as a pipeline: {_reason(error)}") from None
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             load_adapters(part, directory / name)

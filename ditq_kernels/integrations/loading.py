@@ -14,10 +14,10 @@ from torch import nn
 from ..checkpoint.manifest import LayerRecord
 from ..layer.linear import QuantLinear
 from ..memory import return_freed
+from ..model.calibration import SMOOTHED
 from ..model.conversion import Places, check_plan
 from ..model.observation import linear_layers
 from ..model.planning import plan
-from ..model.smoothing import SMOOTHED
 from .config import DitqConfig
 
 

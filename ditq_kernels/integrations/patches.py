@@ -28,9 +28,9 @@ from torch import nn
 
 from ..layer.concatenation import concatenated, obstacle_to_concatenation
 from ..layer.linear import QuantLinear
+from ..model.calibration import is_smoothed
 from ..model.conversion import quantized_layers
 from ..model.fusion import part_projections
-from ..model.smoothing import is_smoothed
 from ..model.substituted_class import class_before
 from . import peft
 from .quantizer import set_config

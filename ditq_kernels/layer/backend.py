@@ -27,14 +27,18 @@ def _known_backend(name: str) -> str:
     return name
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block, every op runs on backend ``name``, one of :data:`BACKENDS`.
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """``with use_backend(name):`` every op within the block runs on backend ``name``, one of :data:`BACKENDS`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    token = _chosen.set(_known_backend(name))
+    return _used(_known_backend(name))
+
+
+@contextlib.contextmanager
+def _used(name: str) -> Iterator[None]:
+    token = _chosen.set(name)
     try:
         yield
     finally:

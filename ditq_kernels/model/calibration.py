@@ -20,10 +20,11 @@ from ..files import written_whole
 from ..memory import warn_of_shortage
 from .chosen_steps import ALL_STEPS, StepChoice, check_steps, choose_steps, observe_chosen, several
 from .observation import Observer, linear_layers
-from .wrappers import own_name
+from .wrappers import bare, own_name
 
 FORMAT = "ditq-calibration"
-VERSION = 2
+VERSION = 3
+SMOOTHED = "_inputs_smoothed"  # on a model: adapters and calibrations from before do not fit any more
 DEFAULT_STEP = 0.6  # docs/experiments.md has the reasons for these
 DEFAULT_MOMENT_STEPS = (0.6, 0.3, 0.9)  # where there are second moments; ranges are of the first
 DEFAULT_PICTURES = 20  # of a calibration run; `calibrate` takes whatever its run draws
@@ -47,6 +48,7 @@ class Calibration:
         channel_amax: fp32 [K], the largest magnitude of each of a layer's input channels, whatever ``percentile`` is.
         rows: the most rows per sample that one call of the model fed each layer: 1 for a modulation. Empty where it is
             not known how many samples a call has.
+        smoothed: whether it is of a model after ``ditq.smooth``; None where it is not known (older files).
     """
 
     model: str
@@ -61,6 +63,7 @@ class Calibration:
     channel_amax: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)
     moment_steps: tuple[int, ...] = ()
+    smoothed: bool | None = None
 
     @property
     def observed(self) -> StepChoice:
@@ -101,7 +104,15 @@ class Calibration:
         return merged
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K."""
+        """Raise ValueError unless ``model`` has every layer that was calibrated, with the same K, and is smoothed if it
+        was then.
+        """
+        if self.smoothed is False and is_smoothed(model):
+            raise ValueError(
+                "the calibration was taken before the model was smoothed: take the one that ditq.smooth returned"
+            )
+        if self.smoothed and not is_smoothed(model):
+            raise ValueError("the calibration is of the smoothed model, and this one is not: calibrate this model")
         layers = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.named_as_in(model).check_layers(layers, type(model).__name__)
 
@@ -151,6 +162,7 @@ class Calibration:
             "tokens": self.tokens,
             "rows": self.rows,
             "moment_steps": self.moment_steps,
+            "smoothed": self.smoothed,
         }
         header = {
             "format": FORMAT,
@@ -196,6 +208,11 @@ class Calibration:
                 return cls(**record, moments=moments, channel_amax=channels)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a calibration file, or is damaged: {error}") from None
+
+
+def is_smoothed(model: nn.Module) -> bool:
+    """Whether ``ditq.smooth`` has scaled the inputs of some of ``model``'s layers."""
+    return getattr(bare(model), SMOOTHED, False)
 
 
 def moment_bytes(model: nn.Module, names: Collection[str] | None = None) -> int:
@@ -290,6 +307,7 @@ def calibrate(
         observer.channel_amax,
         observer.rows.per_sample,
         chosen.indices if chosen.indices is not None and len(chosen.indices) > 1 else (),
+        is_smoothed(model),
     )
 
 

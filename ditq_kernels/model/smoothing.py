@@ -14,17 +14,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .calibration import Calibration
+from .calibration import SMOOTHED, Calibration
 from .observation import linear_layers
 from .recipes import Fold, recipe_for
 from .wrappers import bare
-
-SMOOTHED = "_inputs_smoothed"  # on a model: adapters trained for it as it was do not fit any more
-
-
-def is_smoothed(model: nn.Module) -> bool:
-    """Whether :func:`smooth` has scaled the inputs of some of ``model``'s layers."""
-    return getattr(model, SMOOTHED, False)
 
 
 @torch.no_grad()
@@ -165,4 +158,4 @@ def _smoothed(calibration: Calibration, factors: dict[str, torch.Tensor]) -> Cal
         if key not in divided:
             divided[key] = moment / torch.outer(factors[name], factors[name])
         moments[name] = divided[key]
-    return replace(calibration, amax=amax, channel_amax=channels, moments=moments)
+    return replace(calibration, amax=amax, channel_amax=channels, moments=moments, smoothed=True)
