@@ -107,6 +107,21 @@ def test_tangents_of_gradients_and_gradients_of_gradients(scheme):
     torch.testing.assert_close(second, 2 * v @ weight.T @ weight)
 
 
+def test_jacobians_and_hessians_in_batches():
+    layer, x = _layer("w8a8"), torch.randn(1, 64, generator=generator(3))
+    weight = layer.dequantized_weight()
+    torch.testing.assert_close(torch.func.jacrev(layer)(x)[0, :, 0], weight)
+    found = torch.autograd.functional.hessian(lambda x: (layer(x) ** 2).sum(), x, vectorize=True)
+    torch.testing.assert_close(found[0, :, 0], 2 * weight.T @ weight)
+
+
+@torch.no_grad()
+def test_a_residual_in_fp64_stays_so():
+    layer, residual = _layer("w8a8").double(), torch.randn(1, 4, 48, dtype=torch.float64)
+    found = layer.added_to(residual, torch.zeros(1, 48).double(), torch.randn(1, 4, 64).double())
+    assert torch.equal(found, residual)
+
+
 def test_a_second_tangent_is_refused():
     """PyTorch gives half of it."""
     layer, x = _layer("w8a8"), torch.randn(5, 64)

@@ -68,9 +68,10 @@ def linear_a8(
     added: GatedResidual | None = None,
 ) -> torch.Tensor:
     """As :func:`.reference.linear_a8`, bit for bit."""
-    there = qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES
-    implementation = cpu_extension if there else reference
-    return implementation.linear_a8(qx, sx, weight, bias, out_dtype, added=added)
+    if qx.numel() and weight.out_features and out_dtype in cpu_extension.OUTPUT_DTYPES:
+        return cpu_extension.linear_a8(qx, sx, weight, bias, out_dtype, added)
+    y = reference.linear_a8(qx, sx, weight, bias, out_dtype)
+    return y if added is None else added.plus(y)  # a residual in fp64 stays so
 
 
 def quantized_linear(

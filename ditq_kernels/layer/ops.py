@@ -113,6 +113,8 @@ def _product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes
 class _GradInput(torch.autograd.Function):
     """The gradient [M, K] of a product's input, which is a product itself."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(grad, qweight, scale, group_code, weight_format, in_features):
         return torch.ops.ditq.grad_input(grad, qweight, scale, group_code, weight_format, in_features)
@@ -125,7 +127,10 @@ class _GradInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad_grad = product(grad, None, None, *ctx.saved_tensors, ctx.weight_format, False)
+        if is_differentiated():
+            grad_grad = product(grad, None, None, *ctx.saved_tensors, ctx.weight_format, False)
+        else:  # through the dispatcher, which sees batches that nothing here does
+            grad_grad = torch.ops.ditq.linear_a16(grad, *ctx.saved_tensors, None, ctx.weight_format)
         return grad_grad, None, None, None, None, None
 
     @staticmethod
