@@ -165,19 +165,19 @@ def test_what_a_calibrated_reach_does(scheme, reach):
 
 
 def test_sums_that_int32_does_not_hold_are_refused():
-    most = 131_071  # products of -128 and -128
+    most = 132_104  # products of 127 and -128
     linear = torch.nn.Linear(most + 1, 1, bias=False)
-    with pytest.raises(ValueError, match=r"K = 131072 has more products of int8 than int32 holds.*w8a8_g128"):
+    with pytest.raises(ValueError, match=r"K = 132105 has more products of int8 than int32 holds.*w8a8_g128"):
         QuantLinear.from_linear(linear, "w8a8")
-    with pytest.raises(ValueError, match="K = 131072"):
+    with pytest.raises(ValueError, match="K = 132105"):
         QuantLinear.empty(most + 1, 1, "w4a8_g128", bias=False, dtype=torch.float32)
-    codes = torch.full((1, most), -128, dtype=torch.int8)
+    x, codes = (torch.full((1, most), code, dtype=torch.int8) for code in (127, -128))
     for scheme in ("w8a16", "w8a8_g128"):
         QuantLinear.from_linear(linear, scheme)
-    exact = torch.ops.ditq.linear_a8(codes, torch.ones(1), codes, torch.ones(1), None, None, "w8", torch.int32)
-    assert exact.item() == most * 128**2
+    exact = torch.ops.ditq.linear_a8(x, torch.ones(1), codes, torch.ones(1), None, None, "w8", torch.int32)
+    assert exact.item() == -most * 127 * 128
     wider = torch.nn.functional.pad(codes, (0, 1))
-    with pytest.raises(ValueError, match="K = 131072"):
+    with pytest.raises(ValueError, match="K = 132105"):
         torch.ops.ditq.linear_a8(wider, torch.ones(1), wider, torch.ones(1), None, None, "w8", torch.int32)
 
 

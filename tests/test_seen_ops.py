@@ -136,6 +136,9 @@ def test_a_second_tangent_is_refused():
 INFERENCE = {
     "added_to": lambda layer, x: layer.added_to(torch.zeros(2, 5, 48), torch.ones(2, 48), x),
     "added_to, of the residual": lambda layer, x: layer.added_to(x[..., :48], torch.ones(2, 48), x.detach()),
+    "added_to, of a parameter's gate": lambda layer, x: layer.added_to(
+        torch.zeros(2, 5, 48), nn.Parameter(x[:, 0, :48].detach(), x.requires_grad), x.detach()
+    ),
     "quantize_activation": lambda _, x: ops.quantize_activation(x),
     "gelu_quantize": lambda _, x: ops.gelu_quantize(x),
     "norm_modulate": lambda _, x: ops.norm_modulate(x),

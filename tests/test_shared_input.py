@@ -1,6 +1,8 @@
 """Layers that share an input are called as one, and stay the layers that they were."""
 
 import copy
+import multiprocessing
+import os
 import pickle
 import sys
 import threading
@@ -11,7 +13,7 @@ from oracle import assert_product
 from torch import nn
 
 from ditq_kernels import QuantLinear
-from ditq_kernels.layer import ops
+from ditq_kernels.layer import ops, shared_input
 from ditq_kernels.layer.formats import RECOMMENDED
 from ditq_kernels.layer.quantized_input import QuantizedInput
 from ditq_kernels.layer.shared_input import SharedInput
@@ -284,3 +286,29 @@ def test_a_compiler_sees_one_product(x):
     compiled = torch.compile(lambda x: whole.shared(x), fullgraph=True, backend=keep)
     assert same(compiled(x), whole.shared(x))
     assert graphs == [["ditq.quantize_activation", "ditq.linear_a8"]]
+
+
+@torch.no_grad()
+def test_what_older_versions_have_saved_is_called(x):
+    whole = parent()
+    shared = SharedInput(whole, NAMES)
+    older = SharedInput.__new__(SharedInput)
+    older.__setstate__({"parent": whole, "names": NAMES, "_joined": None, "_where": (), "_members": []})
+    assert same(older(x), shared(x)) and same(pickle.loads(pickle.dumps(shared))(x), shared(x))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system forks no processes")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not():
+    with shared_input._JOINING:
+        process = multiprocessing.get_context("fork").Process(target=_join)
+        process.start()
+        process.join(30)
+        hung = process.is_alive()
+        process.kill()
+    assert not hung and process.exitcode == 0
+
+
+@torch.no_grad()
+def _join():
+    torch.set_num_threads(1)
+    assert SharedInput(parent(), NAMES).join()

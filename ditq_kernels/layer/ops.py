@@ -221,6 +221,10 @@ def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_
     arguments = (x, bias, amax, qweight, scale, group_code, weight_format, quantizes_input)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     has_tangent = forward_ad._current_level >= 0
+    if has_tangent and is_compiling() and not torch.is_grad_enabled():
+        raise UnsupportedError(
+            "compiled without gradients, a quantized layer has no tangents: do not compile it for them"
+        )
     if has_tangent or (needs_grad and torch.is_grad_enabled()):
         function = _QuantizedLinearForward if has_tangent else _QuantizedLinear
         return _shaped(function.apply(_rows(x), *arguments[1:]), x)
@@ -256,6 +260,8 @@ def product_of_codes(
             residual and gate is missing or does not fit.
     """
     operands = qweight, scale, group_code, bias, weight_format, x.dtype
+    if gate is not None and is_differentiated():
+        gate = gate[:]  # also of a parameter a gradient is wanted, then
     added = () if residual is None and gate is None else (None if residual is None else _rows(residual), gate)
     return _shaped(_call("linear_a8", x.codes, x.scale, *operands, *added), x)
 

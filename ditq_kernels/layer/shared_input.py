@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,15 @@ from .quantized_input import QuantizedInput
 
 _STORED = (*OUTPUTS_OF, "input_amax")
 _JOINING = threading.Lock()  # of all, since an instance is copied and pickled
+
+
+def _in_a_forked_process() -> None:
+    global _JOINING
+    _JOINING = threading.Lock()  # whoever held it is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_process)
 
 
 class SharedInput:
@@ -109,7 +119,10 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are copies, each by itself.
-        return {**vars(self), "_found": (None, ()), "_members": []}
+        return {"parent": self.parent, "names": self.names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["parent"], state["names"])  # older files hold more
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -28,6 +28,3 @@ class StoredPart(nn.Parameter):
         if requires_grad:
             raise UnsupportedError(_NOT_TRAINED)
         return self
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return StoredPart, (self.detach(),)  # a Parameter would come back as one of its own class
