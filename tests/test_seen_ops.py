@@ -147,17 +147,40 @@ INFERENCE = {
 }
 
 
-@pytest.mark.parametrize("call", INFERENCE.values(), ids=INFERENCE)
-def test_what_is_for_inference_is_not_differentiated_in_silence(call):
-    layer, x = _layer("w8a8"), torch.randn(2, 5, 64)
+@pytest.mark.parametrize("name", INFERENCE)
+def test_what_is_for_inference_is_not_differentiated_in_silence(name):
+    layer, x, call = _layer("w8a8"), torch.randn(2, 5, 64), INFERENCE[name]
     call(layer, x)
     with pytest.raises(UnsupportedError, match="is for inference"):
-        call(layer, x.requires_grad_())
+        call(layer, x.clone().requires_grad_())
     with torch.no_grad():
+        call(layer, x.clone().requires_grad_())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("name", ["quantize_activation", "gelu_quantize", "norm_modulate", "of_silu"])
+def test_what_is_for_inference_takes_no_tangents(name, grad):
+    layer, x, call = _layer("w8a8"), torch.randn(2, 5, 64), INFERENCE[name]
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
         call(layer, x)
-        if "residual" not in str(call):
-            with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="is for inference"):
-                call(layer, x.detach())
+        with pytest.raises(UnsupportedError, match="is for inference"):
+            call(layer, forward_ad.make_dual(x, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [4, 40])
+@FORWARD_SCHEMES
+def test_compiled_layers_lose_no_tangents(scheme, rows):
+    layer, x, v = _layer(scheme), *torch.randn(2, rows, 64, generator=generator(3))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    for _ in range(2):
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, v))).tangent
+        torch.testing.assert_close(found, v @ layer.dequantized_weight().T)
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch.compiler.reset()
 
 
 def test_a_fused_block_passes_tangents():

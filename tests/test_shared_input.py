@@ -299,7 +299,7 @@ def test_what_older_versions_have_saved_is_called(x):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system forks no processes")
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not():
-    with shared_input._JOINING:
+    with shared_input._joining():
         process = multiprocessing.get_context("fork").Process(target=_join)
         process.start()
         process.join(30)

@@ -9,14 +9,12 @@
 #include <cstring>
 
 #include "int8_product.h"
+#include "lanes.h"
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-constexpr int LANES = DITQ_LANES;
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::uint16_t Halves __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // of two registers' lanes
 

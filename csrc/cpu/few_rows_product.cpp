@@ -9,13 +9,11 @@
 #include <vector>
 
 #include "decode.h"
+#include "lanes.h"
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
-
-constexpr int LANES = DITQ_LANES;
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr std::int64_t BLOCK = 1024;  // inputs that are decoded at a time; a multiple of all groups
 constexpr int ROWS = 4;               // that meet a decoded weight before the next is converted

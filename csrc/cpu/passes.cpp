@@ -8,14 +8,11 @@
 #include <vector>
 
 #include "activation_row.h"
+#include "lanes.h"
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
-
-constexpr int LANES = DITQ_LANES;
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 Lanes& at(float* values) { return *reinterpret_cast<Lanes*>(values); }
 const Lanes& at(const float* values) { return *reinterpret_cast<const Lanes*>(values); }

@@ -10,15 +10,13 @@
 #include <vector>
 
 #include "activation_row.h"
+#include "lanes.h"
 
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-constexpr int LANES = DITQ_LANES;
 static_assert(LANES <= MOST_LANES);
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr float LARGEST = 127.0f;
 constexpr float SMALLEST_AMAX = 0x1p-100f;  // reference.py says why

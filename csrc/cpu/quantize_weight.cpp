@@ -8,14 +8,13 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
+
 namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-constexpr int LANES = DITQ_LANES;
 constexpr int BLOCK = 128;  // elements whose squares are summed in fp32; blocks are summed in fp64
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // Adding it and taking it away again rounds to the nearest integer, ties to even, below 2^22 in magnitude.
 constexpr float TO_INTEGER = 12582912.0f;

@@ -15,8 +15,8 @@ namespace ditq {
 namespace DITQ_LEVEL {
 namespace {
 
-// Tile registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights, in turns: what is loaded next is not what the
-// product before reads.
+// Tile registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights, in turns: while a product reads one, the other of
+// the two is loaded.
 struct Tile {
     static constexpr int ROWS = 16;
     static constexpr int PANELS = 4;

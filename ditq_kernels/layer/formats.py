@@ -20,7 +20,7 @@ from typing import Literal
 GROUP_SIZES = (128, 64, 32)
 INT8_MAX = 127  # symmetric codes: -128 is never produced
 CODE4_MAX = 15
-MOST_INT8_INPUTS = (2**31 - 1) // (127 * 128)  # whose products an int32 holds the sum of
+MOST_INT8_INPUTS = (2**31 - 1) // (127 * 128)  # whose products, of codes to 127 and weights to -128, int32 sums
 MULTIPLIER_MAX = 16
 
 

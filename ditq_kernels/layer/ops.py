@@ -57,12 +57,13 @@ def _call(name: str, x: torch.Tensor, *others: Any) -> Any:
 
 
 def _refuse_to_differentiate(name: str, operands: tuple) -> None:
-    # Parameters that could be trained do not say that a gradient is wanted; activations that have one do.
-    wanted = forward_ad._current_level >= 0 or any(
-        isinstance(one, torch.Tensor) and one.requires_grad and not isinstance(one, nn.Parameter) for one in operands
-    )
-    if wanted:
-        raise UnsupportedError(f"{name} is for inference and has no derivative: call layers, or torch.no_grad() first")
+    for one in operands:
+        if not isinstance(one, torch.Tensor):
+            continue
+        # Parameters that could be trained do not say that a gradient is wanted; activations that have one do.
+        wanted = torch.is_grad_enabled() and one.requires_grad and not isinstance(one, nn.Parameter)
+        if wanted or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(one).tangent is not None):
+            raise UnsupportedError(f"{name} is for inference and has no derivative: call layers as they are")
 
 
 @outside_autocast
@@ -222,9 +223,8 @@ def product(x, bias, amax, qweight, scale, group_code, weight_format, quantizes_
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     has_tangent = forward_ad._current_level >= 0
     if has_tangent and is_compiling() and not torch.is_grad_enabled():
-        raise UnsupportedError(
-            "compiled without gradients, a quantized layer has no tangents: do not compile it for them"
-        )
+        # Compilers lose the tangent there; unless asked for a whole graph, they leave such a layer to Python.
+        raise UnsupportedError("a layer that is compiled without gradients has no tangents")
     if has_tangent or (needs_grad and torch.is_grad_enabled()):
         function = _QuantizedLinearForward if has_tangent else _QuantizedLinear
         return _shaped(function.apply(_rows(x), *arguments[1:]), x)

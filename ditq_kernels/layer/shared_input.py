@@ -17,16 +17,7 @@ from .ops import is_differentiated
 from .quantized_input import QuantizedInput
 
 _STORED = (*OUTPUTS_OF, "input_amax")
-_JOINING = threading.Lock()  # of all, since an instance is copied and pickled
-
-
-def _in_a_forked_process() -> None:
-    global _JOINING
-    _JOINING = threading.Lock()  # whoever held it is not here
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_a_forked_process)
+_JOINING: dict[int, threading.Lock] = {}
 
 
 class SharedInput:
@@ -76,7 +67,7 @@ class SharedInput:
     def _current(self, layers: list[QuantLinear]) -> QuantLinear | None:
         # A compiler cannot ask where parameters are; layers say of themselves when they are moved or replaced.
         if not torch.compiler.is_compiling() and self._found[1] != _where(layers):
-            with _JOINING:  # other threads that come meanwhile must not read memory that is replaced
+            with _joining():  # other threads that come meanwhile must not read memory that is replaced
                 if self._found[1] != _where(layers):
                     self._found = self._join(layers), _where(layers)
         return self._found[0]
@@ -123,6 +114,11 @@ class SharedInput:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["parent"], state["names"])  # older files hold more
+
+
+def _joining() -> threading.Lock:
+    """Of all instances, which are copied and pickled; and of this process: in a forked one nobody is who held it."""
+    return _JOINING.setdefault(os.getpid(), threading.Lock())
 
 
 def has_hooks(module: nn.Module) -> bool:

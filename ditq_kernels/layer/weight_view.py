@@ -110,10 +110,9 @@ class WeightView(torch.Tensor):
         schema = func._schema
         given = dict(zip([argument.name for argument in schema.arguments], args, strict=False)) | kwargs
         aliased = [argument for argument in schema.arguments if argument.alias_info is not None]
-        writes = any(argument.alias_info.is_write for argument in aliased)
-        if not writes and aliased and isinstance(args[0], WeightView):
-            return _views(args[0], lambda x: func(x, *args[1:], **kwargs))
         written = [given.get(argument.name) for argument in aliased if argument.alias_info.is_write]
+        if not written and aliased and isinstance(args[0], WeightView):
+            return _views(args[0], lambda x: func(x, *args[1:], **kwargs))
         targets = [one for one in pytree.tree_leaves(written) if isinstance(one, WeightView)]
 
         def run(seen: list[torch.Tensor]) -> Any:
